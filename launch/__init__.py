@@ -1,0 +1,1 @@
+"""The `alexnet` command: training, evaluation and everything that ties pipeline and model together."""

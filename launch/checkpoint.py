@@ -1,0 +1,124 @@
+"""Checkpoints: the whole network's names and shapes, whoever wrote them.
+
+`torch.distributed.checkpoint` writes each tower's rows (`Shard(0)` of a mesh of towers) as safetensors
+and reads them back into any number of processes. Loading runs no code. A checkpoint is written under
+a temporary name and renamed when it is whole, so the newest one there is always good.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from launch.errors import UserError
+from pipeline.manifest import sha256_of, sync_folder, write_durably
+
+STATE = "state.json"
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, torch.Size],
+         state: dict, keep: int) -> Path:
+    """Write checkpoint `folder`/step-N of this process's `tensors` (all processes call it); keep the last `keep`.
+
+    `whole` names the whole network's shapes; `state` is JSON beside the tensors.
+    """
+    final = folder / f"step-{step:09d}"
+    temporary = folder / f"{final.name}.tmp"
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    if leads:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    dcp.save(_whole_network(tensors, whole, copy=True), no_dist=not dist.is_initialized(),
+             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    _barrier()
+    if leads:
+        files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
+        write_durably(temporary / STATE, json.dumps({**state, "step": step, "files": files}, indent=1).encode())
+        if final.exists():  # a run that went back and came here again
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync_folder(folder)
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(old)
+    _barrier()
+    return final
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Size]) -> None:
+    """Fill `tensors` (this process's part) from `checkpoint`. UserError where it is damaged or does not fit."""
+    for name, digest in read_state(checkpoint)["files"].items():
+        if not (checkpoint / name).is_file() or sha256_of(checkpoint / name) != digest:
+            raise UserError(f"{checkpoint / name}: missing or changed since it was written; "
+                            f"remove {checkpoint} to use the one before")
+    wanted = _whole_network(tensors, whole, copy=True)
+    try:
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not dist.is_initialized())
+    except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{checkpoint}: does not fit this network ({str(error).strip().splitlines()[-1][:200]})") from None
+    for name, tensor in tensors.items():
+        value = wanted[name]
+        tensor.copy_(value.to_local() if isinstance(value, DTensor) else value)
+
+
+def steps(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def latest(folder: Path) -> Path:
+    """Return the newest checkpoint in `folder`; UserError where there is none."""
+    found = steps(folder)
+    if not found:
+        raise UserError(f"{folder}: no checkpoint there yet; train with `alexnet train` first")
+    return found[-1]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return what lies beside the tensors; UserError where it cannot be read."""
+    try:
+        state = json.loads((checkpoint / STATE).read_bytes())
+        return {**state, "step": int(state["step"]), "files": dict(state["files"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint / STATE}: cannot be read ({error}); "
+                        f"remove {checkpoint} to use the one before") from None
+
+
+def _whole_network(tensors: dict[str, Tensor], whole: dict[str, torch.Size], copy: bool) -> dict[str, Tensor]:
+    """Present this process's tensors as parts of the whole network's, in the CPU's memory."""
+    values = {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
+    if not dist.is_initialized():
+        return values
+    mesh = _mesh()
+    return {
+        name: DTensor.from_local(value, mesh, [Shard(0)], run_check=False,
+                                 shape=whole[name], stride=torch.empty(whole[name], device="meta").stride())
+        for name, value in values.items()
+    }
+
+
+_towers = None
+
+
+def _mesh():
+    global _towers
+    if _towers is None:
+        _towers = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tower",))
+    return _towers
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,184 @@
+"""The `alexnet` command. Thin: each command checks its words and calls the module that does the work.
+
+Results go to stdout, everything for people to stderr. A user's mistake is one line and exit code 2, a run
+that fails one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+
+
+class _Failure(click.ClickException):
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file=None) -> None:
+        click.echo(f"alexnet: {self.message}", err=True)
+
+
+class _Commands(click.Group):
+    """Turns the errors that the packages raise for users into one line and an exit code."""
+
+    def invoke(self, context: click.Context):
+        from launch.errors import RunFailed, UserError
+        from model.errors import PeerError, RecipeError
+        from pipeline.errors import DataError
+
+        try:
+            return super().invoke(context)
+        except (UserError, DataError, RecipeError) as error:
+            raise _Failure(str(error), 2) from None
+        except PeerError as error:
+            raise _Failure(str(error), 1) from None
+        except RunFailed as error:  # every process fails of the same; one tells it
+            if os.environ.get("RANK", "0") != "0":
+                sys.exit(1)
+            raise _Failure(str(error), 1) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise _Failure(f"{error.filename}: {error.strerror}", 2) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="alexnet-two-towers")
+def cli() -> None:
+    """AlexNet (Krizhevsky, Sutskever and Hinton 2012) on two towers: from ImageNet's archives to its error."""
+
+
+@cli.command()
+@click.argument("out", type=FOLDER)
+@click.option("--train-per-class", default=100, show_default=True, help="Training pictures of each class.")
+@click.option("--val-per-class", default=20, show_default=True, help="Validation pictures of each class.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same archives, byte for byte.")
+def sample(out: Path, train_per_class: int, val_per_class: int, seed: int) -> None:
+    """Draw a small data set in the three archives that ILSVRC-2012 comes in, and write them to OUT."""
+    from tqdm import tqdm
+
+    from pipeline.sample import write_sample
+
+    with tqdm(total=10 * (train_per_class + val_per_class), unit="image", disable=None) as bar:
+        made = write_sample(out, train_per_class, val_per_class, seed, progress=bar.update)
+    click.echo(f"{out}: {made['train']} training and {made['val']} validation images of {made['classes']} classes "
+               "in ILSVRC-2012's archives")
+
+
+@cli.command()
+@click.argument("source", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--workers", type=click.IntRange(1), help="Processes that decode; default: one a core.")
+def preprocess(source: Path, out: Path, workers: int | None) -> None:
+    """Pack SOURCE into shards in OUT: shorter side to 256, central 256 x 256, mean image, colour covariance.
+
+    SOURCE is a folder with ILSVRC-2012's archives, a folder (or a tar) of train/WNID/* and val/WNID/*.
+    What cannot be read is left out and listed in OUT/rejected.jsonl.
+    """
+    from launch.preprocess import preprocess_with_bar
+
+    preprocess_with_bar(source, out, workers)
+
+
+@cli.command()
+@click.argument("shards", type=FOLDER)
+def verify(shards: Path) -> None:
+    """Re-hash and re-count SHARDS against their manifest."""
+    from pipeline.manifest import check_files, load_manifest
+    from pipeline.shards import ShardImages
+
+    manifest, data = load_manifest(shards)
+    check_files(shards, manifest)
+    counts = ", ".join(f"{len(ShardImages(shards, manifest, split))} {split}" for split in manifest.splits)
+    click.echo(f"{shards}: whole: {counts} images of {len(manifest.classes)} classes, manifest {data[:12]}")
+
+
+def _process_options(command):
+    """Options of every command that runs the network, in one process or under torchrun."""
+    for option in reversed((
+        click.option("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where there is one."),
+        click.option("--transport", default="rpc", show_default=True,
+                     type=click.Choice(["rpc", "rpc-staged", "gloo", "nccl"]),
+                     help="How two towers exchange; rpc-staged: RPC through the CPU's memory."),
+        click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=click.FloatRange(1),
+                     help="Seconds after which a silent peer ends the run."),
+        click.option("--threads", type=click.IntRange(1),
+                     help="CPU threads for arithmetic, and as many for DALI; default: this process's share of the cores."),
+    )):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("shards", type=FOLDER)
+@click.argument("run", type=FOLDER)
+@click.option("--recipe", help="notes (default) or tiny.")
+@click.option("--seed", type=int, help="Of weights, batches and dropout; default 0.")
+@click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
+@click.option("--steps", type=click.IntRange(1), help="Stop after so many steps in all, with a checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from RUN's newest checkpoint.")
+@click.option("--checkpoint-minutes", default=15.0, show_default=True, type=click.FloatRange(0),
+              help="Besides one after every epoch.")
+@click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints kept, the newest.")
+@click.option("--check/--no-check", default=True, help="Hash all shards before the start.")
+@_process_options
+def train(shards: Path, run: Path, recipe: str | None, seed: int | None, epochs: int | None, steps: int | None,
+          resume: bool, checkpoint_minutes: float, keep: int, check: bool, **process) -> None:
+    """Train on SHARDS; log and checkpoints go to RUN.
+
+    Alone, one process trains the whole network. Under `torchrun --nproc-per-node=2` each process trains one
+    tower: see launch/train.sh.
+    """
+    from launch.run_folder import RunFolder
+    from launch.train import Options, train
+    from launch.world import world
+    from model.recipe import recipe_named
+
+    chosen = recipe_named(recipe or "notes") if recipe or not resume else None
+    options = Options(resume, steps, checkpoint_minutes, keep, check)
+    with world(**process) as this:
+        folder = RunFolder(run)
+        errors = train(this, shards, folder, chosen, seed if resume else seed or 0, epochs, options)
+    if this.leads:
+        last = f"validation top-1 error {errors.top1:.2%}, top-5 {errors.top5:.2%}; " if errors else ""
+        click.echo(f"{run}: {last}log {folder.log_path}, checkpoints {folder.checkpoints}", err=True)
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.argument("shards", type=FOLDER)
+@click.option("--views", default="10", show_default=True, type=click.Choice(["1", "10"]),
+              help="Centre crop alone, or four corners and centre with their mirror images.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_process_options
+def evaluate(run: Path, shards: Path, views: str, batch: int, as_json: bool, **process) -> None:
+    """Print top-1 and top-5 error of RUN's newest checkpoint over the validation images of SHARDS."""
+    from launch.evaluate import evaluate_run
+    from launch.world import world
+
+    with world(**process) as this:
+        found, step = evaluate_run(this, run, shards, int(views), batch)
+    if not this.leads:
+        return
+    if as_json:
+        click.echo(json.dumps({"run": str(run), "step": step, "views": int(views), "images": found.images,
+                               "top1_error": found.top1, "top5_error": found.top5}))
+    else:
+        click.echo(f"top-1 error {found.top1:.2%}, top-5 error {found.top5:.2%} "
+                   f"({found.images} images, {views} view{'s' if views != '1' else ''}, step {step})")
+
+
+def main() -> None:
+    cli(prog_name="alexnet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Top-1 and top-5 error over a split, every image counted exactly once."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable
+
+import torch
+from torch import Tensor
+
+from launch import checkpoint, facts
+from launch.run_folder import RunFolder, load_network
+from launch.world import World
+from model.network import AlexNet
+from model.softmax import probabilities, rank_of_label
+from pipeline.batches import CENTRE, TEN_VIEWS
+from pipeline.loader import EvaluationLoader
+from pipeline.manifest import check_files, load_manifest
+from pipeline.shards import ShardImages
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Shares of images, 0-1."""
+
+    top1: float
+    top5: float
+    images: int
+
+
+@torch.no_grad()
+def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], classes: int, world: World) -> Errors:
+    """Evaluate `network`, the whole one or this process's tower: both towers return the same.
+
+    `batches` yields views [N, V, 3, 224, 224] and labels [N]. The V softmax outputs of an image are
+    averaged (section 4.1).
+    """
+    network.eval()
+    first_class = world.first_class(classes)
+    wrong1 = wrong5 = images = 0
+    for views, labels in batches:
+        logits = network(views.flatten(0, 1))
+        scores = probabilities(logits, world.exchange).unflatten(0, views.shape[:2]).mean(1)
+        ranks = rank_of_label(scores, labels, first_class, world.exchange)
+        wrong1 += int((ranks >= 1).sum())
+        wrong5 += int((ranks >= 5).sum())
+        images += len(labels)
+    return Errors(wrong1 / images, wrong5 / images, images)
+
+
+def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: int) -> tuple[Errors, int]:
+    """Evaluate the newest checkpoint of a run with 1 or 10 views; return its errors and its step."""
+    world.await_leader()
+    manifest, data = load_manifest(shards)
+    if world.leads:
+        check_files(shards, manifest)
+    folder = RunFolder(run_path)
+    run = folder.read()
+    newest = folder.newest_for(run, manifest)
+    images = ShardImages(shards, manifest, "val")
+    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "views": views, "batch": batch,
+                 "code": facts.code_hash()})
+    world.connect()
+    network = load_network(newest, run, world)
+    with closing(EvaluationLoader(images, folder.mean(), TEN_VIEWS if views == 10 else CENTRE, batch,
+                                  device=str(world.device), scale=run.recipe.pixel_scale,
+                                  threads=world.threads)) as batches:
+        return error_rates(network, batches, len(run.wnids), world), checkpoint.read_state(newest)["step"]

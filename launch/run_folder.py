@@ -1,0 +1,85 @@
+"""The folder of a run: what was asked for, the log, the checkpoints. Evaluation needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from launch import checkpoint
+from launch.errors import UserError
+from launch.world import World
+from model.network import AlexNet
+from model.recipe import Recipe
+from model.tower import build, whole_shapes
+from pipeline.manifest import Manifest, write_durably
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes two runs the same: with these equal, every step of them is."""
+
+    recipe: Recipe
+    seed: int
+    wnids: list[str]  # the classes, by label
+    data: str  # SHA-256 of the manifest of the shards
+
+    def to_dict(self) -> dict:
+        return {"recipe": self.recipe.to_dict(), "seed": self.seed, "wnids": self.wnids, "data": self.data}
+
+
+class RunFolder:
+    """RUN/run.json, mean.npy, log.jsonl and checkpoints/step-N/."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.log_path = self.path / "log.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    def exists(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    def create(self, run: Run, mean: np.ndarray) -> None:
+        """Begin a run here. UserError where the folder holds anything already."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "mean.npy", "wb") as file:
+            np.save(file, mean)
+        write_durably(self.path / "run.json", (json.dumps(run.to_dict(), indent=1) + "\n").encode())
+
+    def read(self) -> Run:
+        """UserError where there is no run, or its description is damaged."""
+        path = self.path / "run.json"
+        try:
+            fields = json.loads(path.read_bytes())
+            return Run(Recipe.from_dict(fields["recipe"]), int(fields["seed"]), list(fields["wnids"]), fields["data"])
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no run there (no run.json); start one with `alexnet train`") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); restore it or train anew") from None
+
+    def newest_for(self, run: Run, manifest: Manifest) -> Path:
+        """Return the newest checkpoint. UserError where there is none, or the shards have other classes than `run`."""
+        newest = checkpoint.latest(self.checkpoints)
+        if [c.wnid for c in manifest.classes] != run.wnids:
+            raise UserError(f"{self.path}: trained on {len(run.wnids)} classes other than these shards' "
+                            f"{len(manifest.classes)}; evaluate on shards of the same classes")
+        return newest
+
+    def mean(self) -> np.ndarray:
+        """Return the training set's mean image, float32 [256, 256, 3]."""
+        try:
+            return np.load(self.path / "mean.npy", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / 'mean.npy'}: cannot be read ({error}); copy it from the shards") from None
+
+
+def load_network(newest: Path, run: Run, world: World) -> AlexNet:
+    """Return this process's part of a checkpoint's network, on its device."""
+    network = build(run.recipe, len(run.wnids), run.seed, world.exchange)
+    checkpoint.load(newest, {name: parameter.detach() for name, parameter in network.named_parameters()},
+                    whole_shapes(run.recipe, len(run.wnids)))
+    return network.to(world.device)

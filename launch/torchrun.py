@@ -1,0 +1,30 @@
+"""torchrun, ending as the process that failed first ended, and without a traceback of its own.
+
+`python -m launch.torchrun` takes torchrun's options. Workers tell their errors in one line themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def main() -> None:
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
+    try:
+        run.main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"alexnet: the process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}",
+                  file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Training: the loop, what it writes, and when it stops. The same program in every process."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from launch import checkpoint, facts
+from launch.errors import RunFailed, UserError
+from launch.evaluate import Errors, error_rates
+from launch.run_folder import Run, RunFolder
+from launch.runlog import RunLog
+from launch.world import World
+from model.exchange import Exchange
+from model.optimizer import MomentumSGD
+from model.recipe import Recipe
+from model.schedule import Progress
+from model.softmax import cross_entropy
+from model.tower import build, whole_shapes
+from pipeline.batches import CENTRE, Lighting, TrainingBatches
+from pipeline.loader import EvaluationLoader, TrainingLoader
+from pipeline.manifest import Manifest, check_files, load_manifest
+from pipeline.shards import ShardImages
+
+CONTROL_STEPS = 10  # how often the towers compare batches, look at the loss and may write a checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run; what is learned does not depend on these."""
+
+    resume: bool = False
+    stop_after: int | None = None  # steps in all; None: to the recipe's end
+    checkpoint_minutes: float = 15.0
+    keep: int = 3  # checkpoints
+    check_hashes: bool = True  # of all shards, before the start
+
+
+def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, seed: int | None,
+          epochs: int | None, options: Options) -> Errors | None:
+    """Train in `folder` on `shards`, one process or two; return the last validation's errors.
+
+    With `options.resume` recipe, seed and epochs come from the run; those given must not differ.
+    Raises UserError, DataError, RecipeError (the user's to mend), PeerError, RunFailed (NaN).
+    """
+    world.await_leader()
+    manifest, data = load_manifest(shards)
+    if world.leads:
+        check_files(shards, manifest, options.check_hashes)
+    mean = np.load(shards / manifest.mean.name, allow_pickle=False)
+    if options.resume:
+        run = _resumed(folder, recipe, seed, epochs, data)
+        newest = checkpoint.latest(folder.checkpoints)
+    else:
+        recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+        run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data), None
+    trainer = Trainer(world, shards, manifest, mean, run, folder, options)
+    if world.leads and not options.resume:
+        folder.create(run, mean)
+    world.agree({"recipe": run.recipe.to_dict(), "seed": run.seed, "data": data, "code": facts.code_hash(),
+                 "torch": torch.__version__, "transport": world.transport, "stop_after": options.stop_after,
+                 "start": newest.name if newest else None})
+    world.connect()
+    return trainer.run(newest)
+
+
+def _resumed(folder: RunFolder, recipe: Recipe | None, seed: int | None, epochs: int | None, data: str) -> Run:
+    run = folder.read()
+    if recipe is not None and replace(recipe, epochs=run.recipe.epochs) != run.recipe:
+        raise UserError(f"{folder.path}: a run of recipe {run.recipe.name}, not {recipe.name} as it is now; "
+                        "resume without --recipe, or train in another folder")
+    if seed is not None and seed != run.seed or epochs is not None and epochs != run.recipe.epochs:
+        raise UserError(f"{folder.path}: a run with seed {run.seed} and {run.recipe.epochs} epochs; "
+                        "resume without --seed and --epochs, or train in another folder")
+    if data != run.data:
+        raise UserError(f"{folder.path}: trained on other shards (manifest {run.data[:12]}, these have {data[:12]}); "
+                        "resume with those")
+    return run
+
+
+class Trainer:
+    """One process's part of a run: its network, its data, its log."""
+
+    def __init__(self, world: World, shards: Path, manifest: Manifest, mean: np.ndarray, run: Run,
+                 folder: RunFolder, options: Options):
+        self.world, self.run_facts, self.folder, self.options = world, run, folder, options
+        self.recipe, self.mean = run.recipe, mean
+        self.classes = len(manifest.classes)
+        self.training, self.validation = (ShardImages(shards, manifest, split) for split in ("train", "val"))
+        lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), self.recipe.colour_std)
+        self.batches = TrainingBatches(len(self.training), self.recipe.batch, run.seed, lighting)
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.total_steps = self.recipe.epochs * self.steps_per_epoch
+        self.progress = Progress()
+        self.trained_s = 0.0  # without validation and checkpoints, earlier parts of a resumed run included
+
+    def run(self, newest: Path | None) -> Errors | None:
+        """Train from `newest`, or from the start."""
+        self._build(newest)
+        self.log = RunLog(self.folder.log_path if self.world.leads else None)
+        self._log_start(newest)
+        stop = min(self.total_steps, self.options.stop_after or self.total_steps)
+        errors, saved_at = None, time.monotonic()
+        images = TrainingLoader(self.training, self.mean, self.batches, device=str(self.world.device),
+                                scale=self.recipe.pixel_scale, threads=self.world.threads, start_step=self.step)
+        bar = tqdm(total=stop, initial=self.step, unit="step", disable=None if self.world.leads else True,
+                   dynamic_ncols=True)
+        with closing(images), bar:
+            interval = _Interval(images, self.world.exchange)
+            while self.step < stop and not self.recipe.schedule.ended(self.progress):
+                pixels, labels = next(images)
+                interval.add(*self._step(pixels, labels), len(labels))
+                self.step += 1
+                bar.update()
+                ends_epoch = self.step % self.steps_per_epoch == 0
+                if not (self.step % CONTROL_STEPS == 1 or ends_epoch or self.step == stop):
+                    continue
+                self._log_interval(interval, bar)
+                due = ends_epoch or self.step == stop or (
+                    time.monotonic() - saved_at > 60 * self.options.checkpoint_minutes)
+                due = self._control(pixels, labels, due)
+                if ends_epoch:
+                    errors = self._validate()
+                if due:
+                    self._save()
+                    saved_at = time.monotonic()
+                interval = _Interval(images, self.world.exchange)
+        self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1),
+                       **({"val": asdict(errors)} if errors else {}))
+        return errors
+
+    def _build(self, newest: Path | None) -> None:
+        network = build(self.recipe, self.classes, self.run_facts.seed, self.world.exchange)
+        shapes = whole_shapes(self.recipe, self.classes)
+        self.network = network.to(self.world.device)
+        self.optimizer = MomentumSGD(self.network.parameters(), self.recipe.learning_rate, self.recipe.momentum,
+                                     self.recipe.weight_decay)
+        self.tensors: dict[str, Tensor] = {}  # what a checkpoint holds
+        for name, parameter in self.network.named_parameters():
+            self.tensors[name] = parameter.detach()
+            self.tensors[f"velocity.{name}"] = self.optimizer.state[parameter]["velocity"]
+        self.shapes = shapes | {f"velocity.{name}": shape for name, shape in shapes.items()}
+        self.step = 0
+        if newest is not None:
+            checkpoint.load(newest, self.tensors, self.shapes)
+            state = checkpoint.read_state(newest)
+            self.step, self.progress = state["step"], Progress(**state["progress"])
+            self.trained_s = state["trained_s"]
+
+    def _step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one training step; return the loss and the number of images classified right."""
+        rate = self.recipe.schedule.rate(self.recipe.learning_rate, self.step, self.total_steps, self.progress)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.network.train()
+        self.optimizer.zero_grad()
+        logits = self.network(pixels, self.step)
+        loss, right = cross_entropy(logits, labels, self.world.first_class(self.classes), self.world.exchange)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), right
+
+    def _control(self, pixels: Tensor, labels: Tensor, due: bool) -> bool:
+        """Compare notes with the other tower: the batch, the health, and whether either wants a checkpoint."""
+        sound = not due or all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
+        notes = torch.tensor([*_checksums(pixels, labels), due, not sound])
+        if self.world.exchange is not None:
+            theirs = self.world.exchange.swap(notes.to(self.world.device), "notes on the step").cpu()
+            if not torch.equal(notes[:2], theirs[:2]):
+                raise RunFailed(f"step {self.step}: the two towers were given different images; "
+                                "do both hosts read the same shards with the same decoder?")
+            notes = torch.maximum(notes, theirs)
+        if notes[3]:
+            raise RunFailed(f"step {self.step}: weights are no longer finite; {self._advice()}")
+        return bool(notes[2])
+
+    def _validate(self) -> Errors:
+        began = time.perf_counter()
+        batches = EvaluationLoader(self.validation, self.mean, CENTRE, self.recipe.batch,
+                                   device=str(self.world.device), scale=self.recipe.pixel_scale,
+                                   threads=self.world.threads)
+        with closing(batches):
+            errors = error_rates(self.network, batches, self.classes, self.world)
+        self.progress = self.recipe.schedule.observe(self.progress, errors.top1)
+        epoch = self.step // self.steps_per_epoch
+        self.log.write("epoch", epoch=epoch, step=self.step, val=asdict(errors), trained_s=round(self.trained_s, 1),
+                       validation_s=round(time.perf_counter() - began, 1))
+        if self.world.leads:
+            tqdm.write(f"epoch {epoch}: loss {self.last_loss:.3f}, validation top-1 error {errors.top1:.2%}, "
+                       f"top-5 {errors.top5:.2%}, {self.trained_s:.0f} s of training", file=sys.stderr)
+        return errors
+
+    def _save(self) -> None:
+        state = {"progress": asdict(self.progress), "trained_s": self.trained_s, **self.run_facts.to_dict()}
+        path = checkpoint.save(self.folder.checkpoints, self.step, self.tensors, self.shapes, state, self.options.keep)
+        self.log.write("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
+
+    def _log_start(self, newest: Path | None) -> None:
+        world = self.world
+        self.log.write(
+            "resume" if newest else "start", command=facts.command(), commit=facts.commit(), code=facts.code_hash(),
+            versions=facts.versions(), hardware=facts.hardware(world.device), processes=world.size,
+            threads=world.threads, device=str(world.device), transport=world.transport if world.size > 1 else None,
+            step=self.step, steps_per_epoch=self.steps_per_epoch, images=len(self.training), **self.run_facts.to_dict())
+
+    def _log_interval(self, interval: _Interval, bar: tqdm) -> None:
+        figures = interval.figures()
+        self.trained_s += interval.seconds
+        self.last_loss = figures["loss"]
+        self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch,
+                       rate=self.optimizer.param_groups[0]["lr"], **figures)
+        bar.set_postfix_str(f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s")
+        if not math.isfinite(self.last_loss):
+            raise RunFailed(f"step {self.step}: the loss is {self.last_loss}; {self._advice()}")
+
+    def _advice(self) -> str:
+        return (f"the last good checkpoint is in {self.folder.checkpoints}; "
+                "lower the learning rate or look at the data")
+
+
+class _Interval:
+    """Sums over the steps between two lines of the log."""
+
+    def __init__(self, loader: TrainingLoader, exchange: Exchange | None):
+        self.loader, self.exchange = loader, exchange
+        self.steps, self.images, self.loss, self.right = 0, 0, 0.0, 0
+        self.began, self.waits_before = time.perf_counter(), self._waits()
+
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        self.steps += 1
+        self.images += images
+        self.loss = self.loss + loss  # tensors: on a GPU nothing waits for them here
+        self.right = self.right + right
+
+    def figures(self) -> dict:
+        loss, right = float(self.loss) / self.steps, int(self.right)
+        self.seconds = time.perf_counter() - self.began
+        data, peer = (now - before for now, before in zip(self._waits(), self.waits_before))
+        return {"loss": loss, "train_top1_error": 1 - right / self.images, "images_per_s": self.images / self.seconds,
+                "waiting_for_data": data / self.seconds, "waiting_for_peer": peer / self.seconds}
+
+    def _waits(self) -> tuple[float, float]:
+        return self.loader.wait_s, self.exchange.waited_s if self.exchange else 0.0
+
+
+def _checksums(pixels: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Return two numbers that depend on every label, every pixel's bits and their order in the batch."""
+    place = torch.arange(1, len(labels) + 1, device=labels.device)
+    bits = pixels.movedim(1, -1).flatten(1).view(torch.int32)
+    return int((labels * place).sum()), int((bits.sum(1, dtype=torch.int64) * place).sum())

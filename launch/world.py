@@ -1,0 +1,145 @@
+"""The processes of a run: who this one is, on which device, and its exchange with the other tower."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+
+from launch.errors import UserError
+from launch.facts import usable_cores
+from model.exchange import Exchange
+
+TRANSPORTS = ("rpc", "rpc-staged", "gloo", "nccl")
+# Rank 0 may have terabytes to hash before it speaks; if it dies meanwhile, torchrun ends the others.
+FIRST_WORD = timedelta(hours=6)
+
+
+@dataclass
+class World:
+    """One process: the whole network (`size` 1) or tower `rank` of two.
+
+    `exchange` is None for the whole network. `threads` are for arithmetic; DALI has as many of its own.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    threads: int
+    timeout_s: float
+    transport: str
+    store: dist.Store | None = None
+    exchange: Exchange | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the log, checks the input first and speaks to the user."""
+        return self.rank == 0
+
+    def first_class(self, classes: int) -> int:
+        """Return the first class whose logit this process holds."""
+        return (classes + 1) // 2 if self.rank else 0
+
+    def agree(self, facts: dict) -> None:
+        """Compare `facts` with the other tower's; UserError names those that differ.
+
+        Rank 0 speaks first, so call `await_leader` before looking at input that rank 0 looks at too.
+        """
+        if self.size == 1:
+            return
+        self.store.set(f"facts/{self.rank}", json.dumps(facts))
+        other = json.loads(_get(self.store, f"facts/{1 - self.rank}"))
+        differing = [f"{key} ({facts.get(key)} here, {other.get(key)} there)"
+                     for key in sorted(facts.keys() | other.keys()) if facts.get(key) != other.get(key)]
+        if differing and not self.leads:
+            raise SystemExit(2)  # rank 0 tells it
+        if differing:
+            raise UserError(f"the two towers were started differently: {'; '.join(differing)}")
+
+    def await_leader(self) -> None:
+        """Wait until rank 0 has found its input good: a mistake is then told once."""
+        if not self.leads:
+            _get(self.store, "facts/0")
+
+    def connect(self) -> None:
+        """Set up the exchange. PeerError if the other tower does not join in time."""
+        if self.size == 1:
+            return
+        limit = timedelta(seconds=self.timeout_s)
+        dist.init_process_group("gloo", store=dist.PrefixStore("control", self.store),
+                                rank=self.rank, world_size=self.size, timeout=limit)
+        if self.transport in ("rpc", "rpc-staged"):
+            from model.exchange.rpc import RpcExchange
+
+            self.exchange = RpcExchange(
+                dist.PrefixStore("rpc", self.store), self.rank, self.device, self.timeout_s,
+                staged=self.transport == "rpc-staged", idle_cores=usable_cores() >= 4 * _local_size())
+        else:
+            from model.exchange.collectives import CollectiveExchange
+
+            group = dist.new_group(backend="nccl", timeout=limit) if self.transport == "nccl" else None
+            self.exchange = CollectiveExchange(self.rank, self.timeout_s, group)
+
+
+def _get(store: dist.Store, key: str) -> str:
+    store.wait([key], FIRST_WORD)
+    return store.get(key).decode()
+
+
+def _local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextmanager
+def world(device: str | None, transport: str, timeout_s: float, threads: int | None) -> Iterator[World]:
+    """Join the processes that torchrun started (or be alone), and part from them.
+
+    UserError for more than two processes, or a device or transport that is not to be had here.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 2:
+        raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
+    chosen = _device(device)
+    if chosen.type == "cuda" and transport == "gloo" or chosen.type == "cpu" and transport == "nccl":
+        raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
+    threads = threads or max(1, usable_cores() // _local_size())
+    torch.set_num_threads(threads)
+    this = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size))
+    yield this
+    # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
+    if this.exchange is not None:
+        this.exchange.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    if name == "cpu" or name is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu")
+    if name in (None, "cuda"):  # a GPU a process; where there are fewer they share
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    if torch.device(name).index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(torch.device(name))
+    return torch.device(name)
+
+
+def _store(rank: int, size: int) -> dist.Store | None:
+    """Return torchrun's store, apart from what an earlier attempt of an elastic restart left in it."""
+    if size == 1:
+        return None
+    if _local_size() == size:  # one host: nobody else is to reach these ports
+        os.environ.setdefault("TP_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size,
+                          is_master=rank == 0 and not served_by_agent)
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -1,0 +1,87 @@
+"""One of the two towers: rows [t n/2, (t+1) n/2) of every parameter of the whole network.
+
+A tower is the whole network with half of each layer's kernels. Where figure 2 joins the towers (conv3
+and the fully connected layers) it computes the product with its own half of the input while the
+peer's half is on its way.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.exchange import Exchange
+from model.network import AlexNet, initialise
+from model.recipe import Recipe
+
+
+class JoinedConv2d(nn.Conv2d):
+    """A convolution that reads both towers: x [N, C, H, W] of the own one, weight [K, 2 C, h, w]."""
+
+    def __init__(self, channels: int, kernels: int, size: int, padding: int, exchange: Exchange, name: str):
+        super().__init__(channels, kernels, size, padding=padding)
+        self.exchange, self.name = exchange, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, peer = _columns(self.weight, self.exchange.tower)
+        x, pending = self.exchange.start(x, self.name)
+        y = F.conv2d(x, own, self.bias, padding=self.padding)
+        return y + F.conv2d(self.exchange.finish(pending), peer, padding=self.padding)
+
+
+class JoinedLinear(nn.Linear):
+    """A matrix product that reads both towers: x [N, F] of the own one, weight [K, 2 F]."""
+
+    def __init__(self, neurons: int, outputs: int, exchange: Exchange, name: str):
+        super().__init__(neurons, outputs)
+        self.exchange, self.name = exchange, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, peer = _columns(self.weight, self.exchange.tower)
+        x, pending = self.exchange.start(x, self.name)
+        y = F.linear(x, own, self.bias)
+        return torch.addmm(y, self.exchange.finish(pending), peer.t())
+
+
+def _columns(weight: Tensor, tower: int) -> tuple[Tensor, Tensor]:
+    """Views of the columns that read the own tower and of those that read the peer."""
+    halves = weight.chunk(2, dim=1)
+    return halves[tower], halves[1 - tower]
+
+
+class Tower(AlexNet):
+    """Tower `exchange.tower` of AlexNet: `forward(images, step)` -> logits [N, its half of the classes].
+
+    Of an odd number of classes tower 0 holds one more.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int, exchange: Exchange, seed: int = 0):
+        nn.Module.__init__(self)
+        tower = exchange.tower
+        k1, k2, k3, k4, k5 = (n // 2 for n in recipe.kernels)
+        f6, f7 = (n // 2 for n in recipe.neurons)
+        self.conv1 = nn.Conv2d(3, k1, 11, stride=4)
+        self.conv2 = nn.Conv2d(k1, k2, 5, padding=2)
+        self.conv3 = JoinedConv2d(2 * k2, k3, 3, 1, exchange, "conv3")
+        self.conv4 = nn.Conv2d(k3, k4, 3, padding=1)
+        self.conv5 = nn.Conv2d(k4, k5, 3, padding=1)
+        self.fc6 = JoinedLinear(2 * k5 * 6 * 6, f6, exchange, "fc6")
+        self.fc7 = JoinedLinear(2 * f6, f7, exchange, "fc7")
+        self.fc8 = JoinedLinear(2 * f7, (classes + 1 - tower) // 2, exchange, "fc8")
+        self._add_unlearned_layers(recipe, seed, tower)
+
+
+def whole_shapes(recipe: Recipe, classes: int) -> dict[str, torch.Size]:
+    """Return the whole network's parameters by name. A tower's are `torch.chunk`'s half of their rows."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in AlexNet(recipe, classes).named_parameters()}
+
+
+def build(recipe: Recipe, classes: int, seed: int, exchange: Exchange | None = None) -> AlexNet:
+    """Return the whole network, or with an exchange the tower at this end of it, initialised, on the CPU."""
+    with torch.device("meta"):  # no memory is filled twice
+        network = Tower(recipe, classes, exchange, seed) if exchange else AlexNet(recipe, classes, seed)
+    network = network.to_empty(device="cpu")
+    initialise(network, whole_shapes(recipe, classes), recipe, seed, exchange.tower if exchange else None)
+    return network

@@ -1,0 +1,148 @@
+"""The manifest: what a folder of shards holds, and the hashes that prove it.
+
+It is written last, so a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+IMAGE_SIZE = 256  # pixels, both sides of every stored image
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class SynsetClass:
+    """One class. Its label is its position in the list sorted by wnid."""
+
+    wnid: str
+    words: str
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    images: int
+    class_counts: list[int]  # one a label
+    files: list[ShardFile]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    layout: str  # of the source: "ilsvrc2012" or "class-folders"
+    encoding: str  # how the stored images were compressed
+    classes: list[SynsetClass]
+    splits: dict[str, Split]  # "train", "val"
+    rejected: int  # images left out; rejected.jsonl names each
+    mean: ShardFile  # mean.npy, float32 [256, 256, 3], RGB, 0-255
+    rgb_mean: list[float]  # [3], 0-255
+    rgb_covariance: list[list[float]]  # [3, 3], of single pixels over the training set, 0-255 squared
+    image_size: int = IMAGE_SIZE
+    format: int = FORMAT
+
+    def save(self, folder: Path) -> None:
+        write_durably(folder / FILE_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    def files(self) -> list[ShardFile]:
+        return [file for split in self.splits.values() for file in split.files] + [self.mean]
+
+
+def load_manifest(folder: Path) -> tuple[Manifest, str]:
+    """Return the manifest of `folder` and the SHA-256 of its bytes, which names the data set.
+
+    Raises DataError where there is none, or where it is not one of this format.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); not a finished folder of shards: "
+            "make one with `alexnet preprocess SOURCE OUT`"
+        ) from None
+    try:
+        fields = json.loads(raw)
+        if fields["format"] != FORMAT:
+            raise DataError(f"{path}: format {fields['format']}, this program reads {FORMAT}: preprocess again")
+        fields["classes"] = [SynsetClass(**c) for c in fields["classes"]]
+        fields["splits"] = {
+            name: Split(**{**split, "files": [_shard_file(f) for f in split["files"]]})
+            for name, split in fields["splits"].items()
+        }
+        fields["mean"] = _shard_file(fields["mean"])
+        manifest = Manifest(**fields)
+        if set(manifest.splits) != set(SPLITS) or np.shape(manifest.rgb_covariance) != (3, 3):
+            raise ValueError("splits or covariance")
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: damaged ({type(error).__name__}: {error}); restore it or preprocess again"
+        ) from None
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def _shard_file(fields: dict) -> ShardFile:
+    file = ShardFile(**fields)
+    if Path(file.name).name != file.name:
+        raise ValueError(f"file name {file.name!r} leaves the folder")
+    return file
+
+
+def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
+    """Raise DataError naming the first file that is missing or whose size (or SHA-256) has changed."""
+    for file in manifest.files():
+        path = Path(folder) / file.name
+        try:
+            size = path.stat().st_size
+            changed = size != file.bytes or (hashes and sha256_of(path) != file.sha256)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; restore it or preprocess again") from None
+        if changed:
+            raise DataError(f"{path}: its bytes have changed since the manifest was written; "
+                            "restore it or preprocess again")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write under a temporary name, sync, rename: a kill leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Layers against their formulas written out slowly in float64, and their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.layers import CACHE_BLOCK_BYTES, Dropout, LocalResponseNorm
+
+
+def slow_response_norm(x, k, n, alpha, beta, towers):
+    """Section 3.3, one number at a time: the window stays within the tower's maps."""
+    images, channels, height, width = x.shape
+    y = torch.empty_like(x)
+    for c in range(channels):
+        first = c * towers // channels * (channels // towers)
+        last = first + channels // towers - 1
+        total = torch.zeros(images, height, width, dtype=x.dtype)
+        for j in range(max(first, c - n // 2), min(last, c + n // 2) + 1):
+            total += x[:, j] ** 2
+        y[:, c] = x[:, c] / (k + alpha * total) ** beta
+    return y
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("channels, n, beta", [(10, 5, 0.75), (8, 3, 0.5), (4, 5, 0.75), (2, 5, 1.0)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_response_norm_is_the_formula(channels, n, beta, towers, memory_format):
+    x = (torch.randn(3, channels, 5, 7, dtype=torch.float64) * 50).to(memory_format=memory_format)
+    norm = LocalResponseNorm(2.0, n, 1e-4, beta, towers)
+    expected = slow_response_norm(x, 2.0, n, 1e-4, beta, towers)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-13, atol=0)
+
+
+def test_response_norm_equals_torch_with_its_alpha():
+    x = torch.randn(2, 12, 4, 4, dtype=torch.float64) * 100
+    ours = LocalResponseNorm(2.0, 5, 1e-4, 0.75, towers=1)(x)
+    torch.testing.assert_close(ours, torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)(x), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("towers, beta", [(1, 0.75), (2, 0.75), (2, 0.6)])
+def test_response_norm_gradient(towers, beta):
+    x = (torch.randn(2, 8, 3, 2, dtype=torch.float64) * 3).requires_grad_()
+    torch.autograd.gradcheck(LocalResponseNorm(2.0, 5, 0.05, beta, towers), x, rtol=1e-6)
+
+
+def test_response_norm_is_the_same_in_blocks():
+    images = 5 * CACHE_BLOCK_BYTES // (6 * 64 * 64 * 8) + 1  # not a multiple of a block
+    x = torch.randn(images, 6, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    norm = LocalResponseNorm(2.0, 5, 0.1, 0.75, towers=2)
+    y = norm(x)
+    y.square().sum().backward()
+    for i in (0, images // 2, images - 1):
+        alone = x.detach()[i : i + 1].clone().requires_grad_()
+        y_alone = norm(alone)
+        y_alone.square().sum().backward()
+        torch.testing.assert_close(y[i : i + 1], y_alone, rtol=1e-13, atol=0)
+        torch.testing.assert_close(x.grad[i : i + 1], alone.grad, rtol=1e-11, atol=1e-13)
+
+
+def test_dropout_towers_drop_what_the_whole_drops():
+    x = torch.ones(64, 40)
+    whole = Dropout(0.5, 40, seed=1, layer="fc6", tower=None)(x, step=7)
+    parts = [Dropout(0.5, 40, seed=1, layer="fc6", tower=t)(x[:, :20], step=7) for t in (0, 1)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert set(whole.unique().tolist()) == {0.0, 1.0}  # kept outputs are not scaled up
+    assert 0.45 < whole.mean() < 0.55
+
+
+@pytest.mark.parametrize("other", [{"step": 8}, {"seed": 2}, {"layer": "fc7"}])
+def test_dropout_depends_on_each_key(other):
+    def mask(seed=1, layer="fc6", step=7):
+        return Dropout(0.5, 40, seed, layer, tower=None)(torch.ones(64, 40), step)
+
+    assert torch.equal(mask(), mask())
+    assert not torch.equal(mask(), mask(**other))
+
+
+def test_dropout_in_evaluation_scales_by_the_share_kept():
+    layer = Dropout(0.3, 4, seed=0, layer="fc6", tower=None).eval()
+    assert torch.equal(layer(torch.full((2, 4), 10.0), step=3), torch.full((2, 4), 10.0) * 0.7)

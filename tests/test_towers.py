@@ -1,0 +1,40 @@
+"""Two towers in two processes equal one whole network: through torchrun and the real transports."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def compare(torchrun, *arguments) -> list[dict]:
+    output = torchrun(2, "compare_towers.py", *arguments).stdout
+    found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert sorted(record["rank"] for record in found) == [0, 1]
+    return found
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.5"])
+@pytest.mark.parametrize("transport", ["rpc", "gloo"])
+def test_towers_equal_the_whole_in_double_precision(torchrun, transport, dropout):
+    for record in compare(torchrun, "tiny", dropout, "float64", 7, 4, transport, "cpu"):
+        assert max(record["loss"], record["gradient"], record["weight"]) < 1e-10, record
+
+
+def test_full_width_in_double_precision(torchrun):
+    for record in compare(torchrun, "notes", "0.5", "float64", 1000, 2, "rpc", "cpu"):
+        assert record["parameters"] == [60_965_224, 30_482_612]
+        assert max(record["loss"], record["gradient"], record["weight"]) < 1e-10, record
+
+
+def test_full_width_in_single_precision(torchrun):
+    """Sums of up to 9,216 products in other orders: a few times 1e-6 of each tensor's largest value."""
+    for record in compare(torchrun, "notes", "0.5", "float32", 1000, 4, "rpc", "cpu"):
+        assert record["loss"] < 1e-6 and record["gradient"] < 1e-4 and record["weight"] < 1e-4, record
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["rpc", "rpc-staged"])
+def test_towers_equal_the_whole_on_gpus(torchrun, transport):
+    for record in compare(torchrun, "notes", "0.5", "float64", 1000, 4, transport, "cuda"):
+        assert max(record["loss"], record["gradient"], record["weight"]) < 1e-10, record

@@ -1,0 +1,113 @@
+"""The update rule, the schedules and the recipes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.errors import RecipeError
+from model.optimizer import MomentumSGD
+from model.recipe import NOTES, RECIPES, TINY, Recipe, recipe_named
+from model.schedule import OneCycle, Plateau, Progress
+
+
+def test_update_rule_over_a_change_of_rate():
+    """v <- 0.9 v - 0.0005 lr w - lr g ; w <- w + v, with numbers (section 5)."""
+    w, v = [1.5, -2.0, 0.25], [0.0, 0.0, 0.0]
+    parameter = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+    optimizer = MomentumSGD([parameter], lr=0.01, momentum=0.9, weight_decay=0.0005)
+    for step, rate in enumerate([0.01, 0.01, 0.001, 0.001, 0.1]):
+        gradient = [math.sin(step + i) for i in range(3)]
+        for i in range(3):
+            v[i] = 0.9 * v[i] - 0.0005 * rate * w[i] - rate * gradient[i]
+            w[i] = w[i] + v[i]
+        parameter.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        torch.testing.assert_close(parameter.tolist(), w, rtol=1e-14, atol=1e-16)
+
+
+def test_update_rule_is_not_torchs_after_a_change_of_rate():
+    ours, theirs = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizers = (MomentumSGD([ours], lr=0.01), torch.optim.SGD([theirs], lr=0.01, momentum=0.9, weight_decay=0.0005))
+    for rate in (0.01, 0.01):
+        for parameter, optimizer in zip((ours, theirs), optimizers):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)  # the same while the rate is
+    for parameter, optimizer in zip((ours, theirs), optimizers):
+        optimizer.param_groups[0]["lr"] = 0.001
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert (ours - theirs).abs().item() > 0.01
+
+
+def run_plateau(schedule, errors):
+    progress, rates = Progress(), []
+    for epoch, error in enumerate(errors):
+        if schedule.ended(progress):
+            return rates, epoch
+        rates.append(schedule.rate(0.01, epoch, 90, progress))
+        progress = schedule.observe(progress, error)
+    return rates, len(rates) if not schedule.ended(progress) else len(errors)
+
+
+def test_plateau_divides_three_times_then_ends():
+    rates, ended_after = run_plateau(Plateau(patience_epochs=2), [0.9, 0.8] + [0.8] * 20)
+    assert rates == pytest.approx([0.01] * 4 + [1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2)
+    assert ended_after == 10
+
+
+def test_plateau_waits_while_the_error_falls():
+    rates, _ = run_plateau(Plateau(patience_epochs=2), [0.9, 0.9, 0.8, 0.85, 0.7, 0.75, 0.6])
+    assert rates == [0.01] * 7
+
+
+def test_one_cycle():
+    schedule = OneCycle(warmup=0.25)
+    rates = [schedule.rate(0.03, step, 100, Progress()) for step in range(100)]
+    assert rates[0] == pytest.approx(0.03 / 25)
+    assert max(rates) == rates[24] == pytest.approx(0.03)
+    assert rates[25] == pytest.approx(0.03)
+    assert rates[62] == pytest.approx(0.03 * (1 + math.cos(math.pi * 37 / 75)) / 2)
+    assert 0 < rates[-1] < 1e-4
+    assert rates[24:] == sorted(rates[24:], reverse=True)
+
+
+def test_notes_recipe_is_the_notes():
+    assert NOTES.kernels == (96, 256, 384, 384, 256) and NOTES.neurons == (4096, 4096)
+    assert (NOTES.learning_rate, NOTES.momentum, NOTES.weight_decay, NOTES.batch) == (0.01, 0.9, 0.0005, 128)
+    assert (NOTES.lrn_k, NOTES.lrn_n, NOTES.lrn_alpha, NOTES.lrn_beta) == (2.0, 5, 1e-4, 0.75)
+    assert (NOTES.dropout, NOTES.colour_std, NOTES.epochs, NOTES.weight_std) == (0.5, 0.1, 90, 0.01)
+    assert NOTES.ones == ("conv2", "conv3", "conv5", "fc6", "fc7", "fc8")
+    assert NOTES.schedule.factor == 10 and NOTES.schedule.drops == 3
+
+
+def test_tiny_is_a_quarter_as_wide():
+    assert TINY.kernels == tuple(n // 4 for n in NOTES.kernels)
+    assert TINY.neurons == tuple(n // 4 for n in NOTES.neurons)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_recipes_survive_json(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("wrong", [
+    {"kernels": (96, 256, 384, 384)}, {"kernels": (95, 256, 384, 384, 256)}, {"ones": ("conv9",)}, {"lrn_n": 4},
+    {"dropout": 1.0}, {"momentum": -0.1}, {"batch": 0}, {"learning_rate": 0.0}, {"lrn_k": 0.0}, {"colour_std": -1.0},
+])  # fmt: skip
+def test_recipes_are_checked(wrong):
+    with pytest.raises(RecipeError):
+        replace(NOTES, **wrong)
+
+
+def test_unknown_recipes_and_fields_are_told():
+    with pytest.raises(RecipeError, match="no recipe named 'big'; there are notes, tiny"):
+        recipe_named("big")
+    with pytest.raises(RecipeError, match="not a recipe of this version"):
+        Recipe.from_dict({**NOTES.to_dict(), "colour": 3})
