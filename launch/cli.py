@@ -31,13 +31,13 @@ class _Commands(click.Group):
     def invoke(self, context: click.Context):
         from launch.errors import RunFailed, UserError
         from model.errors import PeerError, RecipeError
-        from pipeline.errors import DataError
+        from pipeline.errors import DataError, PreprocessError
 
         try:
             return super().invoke(context)
         except (UserError, DataError, RecipeError) as error:
             raise _Failure(str(error), 2) from None
-        except PeerError as error:
+        except (PeerError, PreprocessError) as error:
             raise _Failure(str(error), 1) from None
         except RunFailed as error:  # every process fails of the same; one tells it
             if os.environ.get("RANK", "0") != "0":
@@ -82,9 +82,14 @@ def preprocess(source: Path, out: Path, workers: int | None) -> None:
     SOURCE is a folder with ILSVRC-2012's archives, a folder (or a tar) of train/WNID/* and val/WNID/*.
     What cannot be read is left out and listed in OUT/rejected.jsonl.
     """
-    from launch.preprocess import preprocess_with_bar
+    from launch.progress import SplitBars
+    from pipeline.preprocess import REJECTED_NAME, preprocess
 
-    preprocess_with_bar(source, out, workers)
+    with SplitBars() as bars:
+        manifest = preprocess(source, out, workers, bars)
+    counts = ", ".join(f"{split.images} {name}" for name, split in manifest.splits.items())
+    left_out = f"; {manifest.rejected} left out, see {out / REJECTED_NAME}" if manifest.rejected else ""
+    click.echo(f"{out}: {counts} images of {len(manifest.classes)} classes{left_out}")
 
 
 @cli.command()
@@ -174,6 +179,55 @@ def evaluate(run: Path, shards: Path, views: str, batch: int, as_json: bool, **p
     else:
         click.echo(f"top-1 error {found.top1:.2%}, top-5 error {found.top5:.2%} "
                    f"({found.images} images, {views} view{'s' if views != '1' else ''}, step {step})")
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed on this machine; prints one JSON object on stdout."""
+
+
+@bench.command("preprocess")
+@click.argument("images", type=FOLDER)
+@click.option("--total", default=2000, show_default=True, type=click.IntRange(1), help="Images to pack; repeated to this.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--workers", type=click.IntRange(1))
+def bench_preprocess(images: Path, total: int, repeats: int, workers: int | None) -> None:
+    """Pack the image files below the folder IMAGES."""
+    from launch.bench import preprocess_speed
+
+    click.echo(json.dumps(preprocess_speed(images, total, repeats, workers)))
+
+
+@bench.command("loader")
+@click.argument("shards", type=FOLDER)
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--batches", default=20, show_default=True, type=click.IntRange(1), help="A repeat.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Of DALI; default: one a core.")
+def bench_loader(shards: Path, **settings) -> None:
+    """Deliver training batches from SHARDS, and do nothing with them."""
+    from launch.bench import loader_speed
+
+    click.echo(json.dumps(loader_speed(shards, **settings)))
+
+
+@bench.command("step")
+@click.option("--recipe", default="notes", show_default=True)
+@click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two for warming up.")
+@_process_options
+def bench_step(recipe: str, classes: int, steps: int, **process) -> None:
+    """Training steps on made-up images; alone, or under torchrun with two processes."""
+    from launch.bench import step_speed
+    from launch.world import world
+    from model.recipe import recipe_named
+
+    chosen = recipe_named(recipe)
+    with world(**process) as this:
+        found = step_speed(this, chosen, classes, steps)
+    if this.leads:
+        click.echo(json.dumps(found))
 
 
 def main() -> None:

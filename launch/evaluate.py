@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
@@ -15,7 +14,6 @@ from launch.run_folder import RunFolder, load_network
 from launch.world import World
 from model.network import AlexNet
 from model.softmax import probabilities, rank_of_label
-from pipeline.batches import CENTRE, TEN_VIEWS
 from pipeline.loader import EvaluationLoader
 from pipeline.manifest import check_files, load_manifest
 from pipeline.shards import ShardImages
@@ -34,15 +32,14 @@ class Errors:
 def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], classes: int, world: World) -> Errors:
     """Evaluate `network`, the whole one or this process's tower: both towers return the same.
 
-    `batches` yields views [N, V, 3, 224, 224] and labels [N]. The V softmax outputs of an image are
-    averaged (section 4.1).
+    `batches` yields pixels [N * V, 3, 224, 224], an image's V views together, and labels [N]. The
+    softmax outputs of an image's views are averaged (section 4.1).
     """
     network.eval()
     first_class = world.first_class(classes)
     wrong1 = wrong5 = images = 0
-    for views, labels in batches:
-        logits = network(views.flatten(0, 1))
-        scores = probabilities(logits, world.exchange).unflatten(0, views.shape[:2]).mean(1)
+    for pixels, labels in batches:
+        scores = probabilities(network(pixels), world.exchange).unflatten(0, (len(labels), -1)).mean(1)
         ranks = rank_of_label(scores, labels, first_class, world.exchange)
         wrong1 += int((ranks >= 1).sum())
         wrong5 += int((ranks >= 5).sum())
@@ -64,7 +61,6 @@ def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: 
                  "code": facts.code_hash()})
     world.connect()
     network = load_network(newest, run, world)
-    with closing(EvaluationLoader(images, folder.mean(), TEN_VIEWS if views == 10 else CENTRE, batch,
-                                  device=str(world.device), scale=run.recipe.pixel_scale,
-                                  threads=world.threads)) as batches:
-        return error_rates(network, batches, len(run.wnids), world), checkpoint.read_state(newest)["step"]
+    batches = EvaluationLoader(images, folder.mean(), "ten" if views == 10 else "centre", batch, world.device,
+                               run.recipe.pixel_scale, world.threads)
+    return error_rates(network, batches, len(run.wnids), world), checkpoint.read_state(newest)["step"]

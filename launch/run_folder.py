@@ -38,13 +38,13 @@ class RunFolder:
         self.log_path = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
-    def exists(self) -> bool:
-        return (self.path / "run.json").exists()
-
-    def create(self, run: Run, mean: np.ndarray) -> None:
-        """Begin a run here. UserError where the folder holds anything already."""
+    def check_new(self) -> None:
+        """UserError where the folder holds anything already."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
+
+    def create(self, run: Run, mean: np.ndarray) -> None:
+        """Begin a run here."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "mean.npy", "wb") as file:
             np.save(file, mean)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from model.recipe import Recipe
 from model.schedule import Progress
 from model.softmax import cross_entropy
 from model.tower import build, whole_shapes
-from pipeline.batches import CENTRE, Lighting, TrainingBatches
+from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.manifest import Manifest, check_files, load_manifest
 from pipeline.shards import ShardImages
@@ -63,13 +62,15 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
     else:
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
         run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data), None
+        if world.leads:
+            folder.check_new()
     trainer = Trainer(world, shards, manifest, mean, run, folder, options)
-    if world.leads and not options.resume:
-        folder.create(run, mean)
     world.agree({"recipe": run.recipe.to_dict(), "seed": run.seed, "data": data, "code": facts.code_hash(),
                  "torch": torch.__version__, "transport": world.transport, "stop_after": options.stop_after,
                  "start": newest.name if newest else None})
     world.connect()
+    if world.leads and not options.resume:
+        folder.create(run, mean)
     return trainer.run(newest)
 
 
@@ -110,11 +111,11 @@ class Trainer:
         self._log_start(newest)
         stop = min(self.total_steps, self.options.stop_after or self.total_steps)
         errors, saved_at = None, time.monotonic()
-        images = TrainingLoader(self.training, self.mean, self.batches, device=str(self.world.device),
-                                scale=self.recipe.pixel_scale, threads=self.world.threads, start_step=self.step)
+        images = TrainingLoader(self.training, self.mean, self.batches, self.world.device, self.recipe.pixel_scale,
+                                self.world.threads, self.step)
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=None if self.world.leads else True,
                    dynamic_ncols=True)
-        with closing(images), bar:
+        with images, bar:
             interval = _Interval(images, self.world.exchange)
             while self.step < stop and not self.recipe.schedule.ended(self.progress):
                 pixels, labels = next(images)
@@ -184,11 +185,9 @@ class Trainer:
 
     def _validate(self) -> Errors:
         began = time.perf_counter()
-        batches = EvaluationLoader(self.validation, self.mean, CENTRE, self.recipe.batch,
-                                   device=str(self.world.device), scale=self.recipe.pixel_scale,
-                                   threads=self.world.threads)
-        with closing(batches):
-            errors = error_rates(self.network, batches, self.classes, self.world)
+        batches = EvaluationLoader(self.validation, self.mean, "centre", self.recipe.batch, self.world.device,
+                                   self.recipe.pixel_scale, self.world.threads)
+        errors = error_rates(self.network, batches, self.classes, self.world)
         self.progress = self.recipe.schedule.observe(self.progress, errors.top1)
         epoch = self.step // self.steps_per_epoch
         self.log.write("epoch", epoch=epoch, step=self.step, val=asdict(errors), trained_s=round(self.trained_s, 1),

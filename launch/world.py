@@ -53,10 +53,11 @@ class World:
         """
         if self.size == 1:
             return
-        self.store.set(f"facts/{self.rank}", json.dumps(facts))
-        other = json.loads(_get(self.store, f"facts/{1 - self.rank}"))
-        differing = [f"{key} ({facts.get(key)} here, {other.get(key)} there)"
-                     for key in sorted(facts.keys() | other.keys()) if facts.get(key) != other.get(key)]
+        mine = _flat(facts)
+        self.store.set(f"facts/{self.rank}", json.dumps(mine))
+        theirs = json.loads(_get(self.store, f"facts/{1 - self.rank}"))
+        differing = [f"{key} ({mine.get(key)} in tower {self.rank}, {theirs.get(key)} in the other)"
+                     for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
         if differing and not self.leads:
             raise SystemExit(2)  # rank 0 tells it
         if differing:
@@ -85,6 +86,14 @@ class World:
 
             group = dist.new_group(backend="nccl", timeout=limit) if self.transport == "nccl" else None
             self.exchange = CollectiveExchange(self.rank, self.timeout_s, group)
+
+
+def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
+    """Return one JSON text a fact, so that a difference deep inside is named alone."""
+    flat: dict[str, str] = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+    return flat
 
 
 def _get(store: dist.Store, key: str) -> str:

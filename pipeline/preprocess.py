@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PreprocessError
 from pipeline.images import ENCODING, BrokenImage, encode, fit
 from pipeline.manifest import FILE_NAME, SPLITS, Manifest, ShardFile, Split, sha256_of, write_durably
 from pipeline.shards import ShardWriter
@@ -45,10 +45,6 @@ CHUNKS_PER_WORKER = 2
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int | None, str], None]  # (images done, images expected or None, split)
-
-
-class PreprocessError(RuntimeError):
-    """Packing stopped for a reason outside the data. The message is one line, as DataError's."""
 
 
 def preprocess(source: Path, out: Path, workers: int | None = None, progress: Progress | None = None) -> Manifest:
@@ -87,7 +83,7 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
         manifest.save(out)
     except BrokenProcessPool:
         raise PreprocessError(
-            f"a worker process was killed, most likely for want of memory: run again with fewer than {workers} workers"
+            f"one of {workers} worker processes was killed, most likely for want of memory: run again with fewer"
         ) from None
     except OSError as error:  # the source's own are DataErrors
         raise PreprocessError(f"{out}: cannot be written ({error.strerror or error}): mend that and run again") from None

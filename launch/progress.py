@@ -1,0 +1,29 @@
+"""Progress bars for people, on stderr, and nothing where that is no terminal."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+class SplitBars:
+    """One bar a split, with rate and time left: call it with (images done, images expected or None, split)."""
+
+    def __init__(self):
+        self._bar, self._split = None, None
+
+    def __call__(self, done: int, total: int | None, split: str) -> None:
+        if split != self._split:
+            self._finish()
+            self._split = split
+            self._bar = tqdm(total=total, unit="image", desc=split, disable=None, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def _finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> SplitBars:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._finish()
