@@ -7,19 +7,22 @@ a temporary name and renamed when it is whole, so the newest one there is always
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import os
 import re
 import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from launch.errors import UserError
@@ -41,8 +44,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, t
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _barrier()
-    dcp.save(_whole_network(tensors, whole, copy=True), no_dist=not dist.is_initialized(),
-             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    with _alone_without_warning():
+        dcp.save(_whole_network(tensors, whole), no_dist=not dist.is_initialized(),
+                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
     _barrier()
     if leads:
         files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
@@ -63,9 +67,11 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Si
         if not (checkpoint / name).is_file() or sha256_of(checkpoint / name) != digest:
             raise UserError(f"{checkpoint / name}: missing or changed since it was written; "
                             f"remove {checkpoint} to use the one before")
-    wanted = _whole_network(tensors, whole, copy=True)
+    wanted = _whole_network(tensors, whole)
     try:
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not dist.is_initialized())
+        with _alone_without_warning():
+            dcp.load(wanted, no_dist=not dist.is_initialized(),
+                     storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"{checkpoint}: does not fit this network ({str(error).strip().splitlines()[-1][:200]})") from None
     for name, tensor in tensors.items():
@@ -96,27 +102,29 @@ def read_state(checkpoint: Path) -> dict:
                         f"remove {checkpoint} to use the one before") from None
 
 
-def _whole_network(tensors: dict[str, Tensor], whole: dict[str, torch.Size], copy: bool) -> dict[str, Tensor]:
-    """Present this process's tensors as parts of the whole network's, in the CPU's memory."""
-    values = {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
+def _whole_network(tensors: dict[str, Tensor], whole: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Present a copy of this process's tensors, in the CPU's memory, as parts of the whole network's."""
+    values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     if not dist.is_initialized():
         return values
-    mesh = _mesh()
     return {
-        name: DTensor.from_local(value, mesh, [Shard(0)], run_check=False,
+        name: DTensor.from_local(value, _mesh(), [Shard(0)], run_check=False,
                                  shape=whole[name], stride=torch.empty(whole[name], device="meta").stride())
         for name, value in values.items()
     }
 
 
-_towers = None
+@functools.cache
+def _mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tower",))
 
 
-def _mesh():
-    global _towers
-    if _towers is None:
-        _towers = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tower",))
-    return _towers
+@contextmanager
+def _alone_without_warning() -> Iterator[None]:
+    """torch warns whenever `no_dist` is asked for, which one process does on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _barrier() -> None:

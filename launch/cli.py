@@ -13,6 +13,9 @@ from pathlib import Path
 
 import click
 
+# Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 FOLDER = click.Path(path_type=Path)
 
 

@@ -19,6 +19,13 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file:
+            self._file.close()
+
 
 def read_log(path: Path) -> list[dict]:
     """Return the records. A last line cut short by a kill is left out."""

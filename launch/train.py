@@ -107,8 +107,11 @@ class Trainer:
     def run(self, newest: Path | None) -> Errors | None:
         """Train from `newest`, or from the start."""
         self._build(newest)
-        self.log = RunLog(self.folder.log_path if self.world.leads else None)
-        self._log_start(newest)
+        with RunLog(self.folder.log_path if self.world.leads else None) as self.log:
+            self._log_start(newest)
+            return self._loop()
+
+    def _loop(self) -> Errors | None:
         stop = min(self.total_steps, self.options.stop_after or self.total_steps)
         errors, saved_at = None, time.monotonic()
         images = TrainingLoader(self.training, self.mean, self.batches, self.world.device, self.recipe.pixel_scale,

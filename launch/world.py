@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -112,8 +114,12 @@ def world(device: str | None, transport: str, timeout_s: float, threads: int | N
     UserError for more than two processes, or a device or transport that is not to be had here.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 2 and rank:
+        raise SystemExit(2)  # rank 0 tells it
     if size > 2:
         raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_torchrun()
     chosen = _device(device)
     if chosen.type == "cuda" and transport == "gloo" or chosen.type == "cpu" and transport == "nccl":
         raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
@@ -126,6 +132,12 @@ def world(device: str | None, transport: str, timeout_s: float, threads: int | N
         this.exchange.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _die_with_torchrun() -> None:
+    """Have the kernel kill this process when torchrun is killed, which then cannot end its workers itself."""
+    set_parent_death_signal = 1  # of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _device(name: str | None) -> torch.device:

@@ -80,9 +80,9 @@ TINY = replace(
     weight_std=None,
     ones=(),
     pixel_scale=1 / 64,
-    batch=64,
+    batch=32,
     epochs=12,
-    learning_rate=0.03,
+    learning_rate=0.02,
     schedule=OneCycle(),
 )
 

@@ -35,7 +35,7 @@ class Plateau:
 class OneCycle:
     """Rise linearly to the highest rate, then fall to 0 along half a cosine (after Smith 2018)."""
 
-    warmup: float = 0.2  # share of all steps spent rising
+    warmup: float = 0.15  # share of all steps spent rising
 
     def rate(self, highest: float, step: int, total_steps: int, progress: Progress) -> float:
         rising = max(1, round(self.warmup * total_steps))

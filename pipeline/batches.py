@@ -1,7 +1,7 @@
 """Batches as pure functions: which images, and what is done to each.
 
-(seed, epoch, step) gives everything, so a run can be resumed in mid-epoch, the processes of one run agree without talking,
-and any step can be looked at again. NumPy only; pixels are in pipeline.loader.
+(seed, epoch, step) gives everything, so a run can be resumed in mid-epoch, the processes of one run agree without
+talking, and any step can be looked at again. NumPy only; pixels are in pipeline.loader.
 
 Shapes: N images of a batch, V views of one image.
 """

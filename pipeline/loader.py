@@ -1,12 +1,11 @@
 """Batches of pixels: one DALI graph for training and evaluation, on the CPU or a GPU.
 
-What is done to an image, in this order (FIDELITY: notes, paper): decode, cut the crop, subtract the mean image's part at
-the crop's own offset, add the colour shift, flip, multiply by `scale`. DALI draws nothing at random: pipeline.batches
-says which images, crops, flips and shifts.
+What is done to an image, in this order (recipes `notes` and `paper`): decode, cut the crop, subtract the mean image's
+part at the crop's own offset, add the colour shift, flip, multiply by `scale`. DALI draws nothing at random:
+pipeline.batches says which images, crops, flips and shifts.
 
-Measured on the CPU as time of one core for one image (256 x 256, quality 90; machine and command are in the results
-file): decode and crop alone 1; with the three operators below 2.0; with cast, subtract, add and flip one after the
-other 2.5, because the flip and the broadcast sum then move four bytes a value instead of one.
+On the CPU the order of the operators is another, with the same result: flipping bytes and adding the shift where they
+become floats costs a quarter less than cast, subtract, add and flip one after the other, in all about two decodes.
 
 Shapes: N images of a batch, V views of one image.
 """
@@ -32,11 +31,11 @@ PREFETCHED_BATCHES = 2
 @pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
 def _graph(source, mean: np.ndarray, scale: float, crop: int, views: Views | None, on_gpu: bool):
     """Float pixels [crop, crop, 3], or [V, crop, crop, 3] where `views` has several, of what `source` feeds."""
-    # Memory is DALI's (CPU) or the driver's to copy from (GPU): the JPEG bytes are read where the shard is mapped.
+    # no_copy: the JPEG bytes are read where the shard is mapped. DALI refers to the arrays until it is done with them.
     feed = {"source": source, "batch": True, "no_copy": True}
-    # The CPU decoder interpolates colours as Pillow does, bit for bit; with fancy upsampling GPU decoders do too. The
-    # packer has settled every image's orientation. The share of the JPEG engine is DALI 2.4's, pinned since the default
-    # has changed between releases.
+    # The CPU decoder interpolates colours, as Pillow does, bit for bit; fancy upsampling makes GPU decoders interpolate
+    # too. The packer has settled every image's orientation. The share of the JPEG engine is DALI 2.4's default, pinned
+    # since it has changed between releases.
     decode = {"output_type": types.RGB, "jpeg_fancy_upsampling": True, "adjust_orientation": False}
     decode |= {"device": "mixed", "hw_decoder_load": 0.65} if on_gpu else {"device": "cpu"}
     device = "gpu" if on_gpu else "cpu"
@@ -89,9 +88,14 @@ class _Pipeline:
     """One run of the graph over `feeds`, pairs of (indices [N], what the graph's source returns for them)."""
 
     def __init__(
-        self, images: ShardImages, feeds: Iterable[tuple[np.ndarray, list]], batch_size: int, threads: int,
-        device: str | torch.device, **graph,
-    ):  # fmt: skip
+        self,
+        images: ShardImages,
+        feeds: Iterable[tuple[np.ndarray, list]],
+        batch_size: int,
+        threads: int,
+        device: str | torch.device,
+        **graph,
+    ):
         self._images, self._device = images, torch.device(device)
         self._on_gpu = self._device.type == "cuda"
         if self._on_gpu and self._device.index is None:
@@ -105,10 +109,10 @@ class _Pipeline:
             return feed
 
         self._under_way = under_way  # indices of the batches that DALI has been fed and has not returned, oldest first
+        device_id = self._device.index if self._on_gpu else None
         self._pipeline = _graph(
-            source=source, on_gpu=self._on_gpu, **graph,
-            batch_size=batch_size, num_threads=threads, device_id=self._device.index if self._on_gpu else None,
-        )  # fmt: skip
+            batch_size=batch_size, num_threads=threads, device_id=device_id, source=source, on_gpu=self._on_gpu, **graph
+        )
         self._pipeline.build()
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,14 +122,13 @@ class _Pipeline:
         try:
             pixels = self._run()
         except RuntimeError as error:
-            indices = self._under_way[0] if self._under_way else []
-            self.close()  # DALI calls the pipeline invalid now
-            broken = [i for i in indices if not _decodes(self._images.encoded(i))]
+            self.close()  # DALI calls the pipeline invalid now, and does not say which image it was
+            suspects = [i for indices in self._under_way for i in indices]
+            broken = [self._images.name(i) for i in suspects if not _decodes(self._images.encoded(i))]
             if not broken:
                 raise
-            others = f" and {len(broken) - 1} more of its batch" if len(broken) > 1 else ""
             raise DataError(
-                f"{self._images.name(broken[0])}{others}: the stored JPEG cannot be decoded, so a shard is damaged: "
+                f"{', '.join(broken)}: the stored JPEG cannot be decoded, so a shard is damaged: "
                 "find it with `alexnet verify`, then restore it or preprocess again"
             ) from error
         labels = torch.from_numpy(self._images.labels[self._under_way.popleft()].astype(np.int64))
@@ -195,10 +198,9 @@ class TrainingLoader:
         if batches.images != len(images) or batches.image_size != IMAGE_SIZE:
             raise ValueError(f"batches of {batches.images} images of {batches.image_size} pixels for {len(images)}")
         self.wait_s = 0.0
-        self._pipeline = _Pipeline(
-            images, _training_feeds(images, batches, start_step), batches.batch_size, threads, device,
-            mean=_checked(mean), scale=scale, crop=batches.crop, views=None,
-        )  # fmt: skip
+        feeds = _training_feeds(images, batches, start_step)
+        graph = {"mean": _checked(mean), "scale": scale, "crop": batches.crop, "views": None}
+        self._pipeline = _Pipeline(images, feeds, batches.batch_size, threads, device, **graph)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
@@ -256,10 +258,8 @@ class EvaluationLoader:
         return -(-len(self._images) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        pipeline = _Pipeline(
-            self._images, self._feeds(), self._batch_size, self._threads, self._device,
-            mean=self._mean, scale=self._scale, crop=CROP, views=self._views,
-        )  # fmt: skip
+        graph = {"mean": self._mean, "scale": self._scale, "crop": CROP, "views": self._views}
+        pipeline = _Pipeline(self._images, self._feeds(), self._batch_size, self._threads, self._device, **graph)
         try:
             while True:
                 try:

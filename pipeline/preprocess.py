@@ -41,6 +41,7 @@ OWN_FILES = re.compile(r"((train|val)-\d{5}\.arrow|mean\.npy|rejected\.jsonl|man
 CHUNK_IMAGES = 64
 CHUNK_BYTES = 16 << 20
 CHUNKS_PER_WORKER = 2
+MOST_WORKERS = 32  # unless more are asked for: the one process that reads and writes keeps about 20 busy
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
     """Pack the data set at `source` (a layout of pipeline.sources) into the folder `out`; return its manifest.
 
     `out` must be new, empty, or left over from a run that was interrupted, which then starts again. Images
-    that cannot be read are left out and listed in rejected.jsonl. `workers` defaults to the cores at hand.
+    that cannot be read are left out and listed in rejected.jsonl. `workers` defaults to the cores at hand, 32 at most.
     The statistics are those of the fitted training images before they are encoded.
 
     Raises DataError where the source or `out` is unfit, PreprocessError where `out` cannot be written or a
@@ -60,7 +61,7 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
     source, out = Path(source), Path(out)
     leftovers = _leftovers(out)
     data = open_source(source)
-    workers = workers or _cores()
+    workers = workers or min(_cores(), MOST_WORKERS)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in leftovers:

@@ -1,4 +1,4 @@
-"""The drawn data set: its archives are ILSVRC-2012's, repeat byte for byte, and hold pictures that can be told apart."""
+"""The drawn data set: its archives are ILSVRC-2012's, repeat byte for byte, and their pictures can be told apart."""
 
 from __future__ import annotations
 

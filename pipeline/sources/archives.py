@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -20,17 +19,19 @@ def reading(name: str | Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{name}: cannot be read ({error.strerror})") from None
-        raise DataError(f"{name}: truncated or damaged ({error}): copy it again") from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: truncated or damaged ({reason}): copy it again") from None
 
 
 @contextmanager
 def open_tar(name: str | Path, file: BinaryIO | None = None) -> Iterator[tarfile.TarFile]:
     """Open the archive at path `name`, or the one that `file` holds; DataError where it cannot be read."""
+    mode = "r:gz" if str(name).endswith((".gz", ".tgz")) else "r:"
     with reading(name):
-        with tarfile.open(name if file is None else None, "r:*", fileobj=file) as tar:
+        with tarfile.open(name if file is None else None, mode, fileobj=file) as tar:
             yield tar
 
 
@@ -47,6 +48,8 @@ def entries(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str]]:
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end mark")
+    while tar.fileobj.read(1 << 16):  # gzip compares its checksum at the very end
+        pass
 
 
 def _refusal(member: tarfile.TarInfo) -> str:

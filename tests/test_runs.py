@@ -1,0 +1,289 @@
+"""Runs as a user has them: torchrun, kills, resumes, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from launch.cli import cli
+from launch.errors import RunFailed
+from launch.run_folder import RunFolder
+from launch.runlog import read_log
+from launch.train import CONTROL_STEPS, Options, train
+from launch.world import world
+from model.recipe import TINY
+
+STEPS = 25  # of 2 epochs of 15: the resumed part crosses the end of an epoch
+
+
+def alexnet(*arguments) -> list[str]:
+    return ["-m", "launch.cli", *map(str, arguments)]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """480 training and 50 validation images of the sample: 15 steps an epoch."""
+    folder = tmp_path_factory.mktemp("sample")
+    for arguments in (["sample", folder / "archives", "--train-per-class", "48", "--val-per-class", "5"],
+                      ["preprocess", folder / "archives", folder / "shards"]):
+        done = subprocess.run([sys.executable, *alexnet(*arguments)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory) -> Path:
+    """A run of two towers, STEPS steps, left alone."""
+    run = tmp_path_factory.mktemp("runs") / "two"
+    start_towers(shards, run).check()
+    return run
+
+
+class start_towers:
+    """`alexnet train` under launch/train.sh, in a process group of its own."""
+
+    def __init__(self, shards, run, *options, processes: int = 2):
+        command = ["bash", str(ROOT / "launch/train.sh"), str(shards), str(run), "--recipe", "tiny", "--epochs", "2",
+                   "--steps", str(STEPS), "--threads", "1", *map(str, options)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        start_new_session=True,
+                                        env={**os.environ, "PROCESSES": str(processes), "PYTHON": sys.executable})
+
+    def output(self, timeout_s: float = 180) -> str:
+        try:
+            return self.process.communicate(timeout=timeout_s)[0]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def check(self) -> None:
+        output = self.output()
+        assert self.process.returncode == 0, output
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Return the whole network's tensors of a checkpoint, read without this project's code."""
+    files = sorted((run / "checkpoints" / f"step-{step:09d}").glob("*.safetensors"))
+    parts = [load_file(file) for file in files]
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance * float(tensor.abs().max()), msg=name)
+
+
+def test_killed_in_mid_epoch_and_resumed_ends_the_same(shards, finished, tmp_path):
+    run = tmp_path / "run"
+    towers = start_towers(shards, run, "--checkpoint-minutes", "0")
+    first = run / "checkpoints" / f"step-{CONTROL_STEPS + 1:09d}"
+    deadline = time.monotonic() + 120
+    while not first.exists():
+        assert time.monotonic() < deadline and towers.process.poll() is None
+        time.sleep(0.01)
+    towers.kill()
+    assert not (run / "checkpoints" / f"step-{STEPS:09d}").exists()
+    start_towers(shards, run, "--resume").check()
+    resumed = [record for record in read_log(run / "log.jsonl") if record["event"] == "resume"]
+    assert resumed and 0 < resumed[0]["step"] < STEPS
+    assert_same(weights(finished), weights(run))
+
+
+def test_two_processes_go_on_as_one_and_back(shards, finished, tmp_path):
+    """From one checkpoint the next step is the same in one process and two, to the rounding of float32."""
+    one, two = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("one", "two"))
+    for run, processes in ((one, 1), (two, 2)):
+        shutil.rmtree(run / "checkpoints" / f"step-{STEPS:09d}")
+        start_towers(shards, run, "--resume", "--steps", 16, processes=processes).check()
+    assert len(list((one / "checkpoints" / "step-000000016").glob("*.safetensors"))) == 1
+    assert_same(weights(one, 16), weights(two, 16), tolerance=1e-4)
+    for run, processes in ((one, 2), (two, 1)):
+        start_towers(shards, run, "--resume", "--steps", 17, processes=processes).check()
+    assert_same(weights(one, 17), weights(two, 17), tolerance=1e-3)
+
+
+def test_log_says_what_was_run(finished):
+    first, *rest = read_log(finished / "log.jsonl")
+    assert first["event"] == "start" and first["recipe"]["name"] == "tiny" and first["processes"] == 2
+    assert "train" in first["command"] and first["versions"]["torch"] == torch.__version__
+    assert {"commit", "code", "hardware", "data", "seed", "transport"} <= first.keys()
+    steps = [record for record in rest if record["event"] == "steps"]
+    assert steps[-1]["step"] == STEPS
+    for record in steps:
+        assert 0 <= record["waiting_for_data"] <= 1 and 0 <= record["waiting_for_peer"] <= 1
+        assert record["images_per_s"] > 0 and 0 < record["loss"] < 20
+    epochs = [record for record in rest if record["event"] == "epoch"]
+    assert [record["val"]["images"] for record in epochs] == [50]
+
+
+def evaluate(torchrun, processes: int, *arguments) -> dict:
+    return json.loads(torchrun(processes, *alexnet("evaluate", *arguments, "--json")).stdout)
+
+
+def test_evaluation_is_the_same_in_one_process_and_two(torchrun, shards, finished):
+    for views in (1, 10):
+        one, two = (evaluate(torchrun, processes, finished, shards, "--views", views) for processes in (1, 2))
+        assert one == two
+        assert one["images"] == 50 and one["views"] == views and one["step"] == STEPS
+        assert 0 <= one["top5_error"] <= one["top1_error"] <= 1
+
+
+def test_only_the_newest_checkpoints_are_kept(finished):
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "step-000000015", f"step-{STEPS:09d}"]
+
+
+def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    wild = replace(TINY, learning_rate=1e12, epochs=1)
+    with world("cpu", "rpc", 60, 1) as this:
+        with pytest.raises(RunFailed, match="step .*(loss is (nan|inf)|no longer finite).*last good checkpoint"):
+            train(this, shards, folder, wild, 0, None, Options(checkpoint_minutes=0))
+    for path in folder.checkpoints.glob("step-*"):
+        assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", int(path.name[5:])).values())
+
+
+# What the user does wrong: one line, exit code 2, nothing lost.
+
+
+def fails_with(line: str, *arguments) -> None:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    told = result.output.strip().splitlines()
+    assert len(told) == 1 and told[0].startswith("alexnet: ") and re.search(line, told[0]), result.output
+
+
+@pytest.fixture
+def damaged(shards, tmp_path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "damaged"))
+
+
+def test_missing_manifest(damaged, tmp_path):
+    (damaged / "manifest.json").unlink()
+    fails_with("manifest.json: cannot be read.*alexnet preprocess", "train", damaged, tmp_path / "run", "--recipe", "tiny")
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_bytes_of_a_shard(damaged, tmp_path):
+    shard = damaged / "train-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    fails_with("train-00000.arrow: its bytes have changed", "train", damaged, tmp_path / "run", "--recipe", "tiny")
+    fails_with("train-00000.arrow: its bytes have changed", "verify", damaged)
+
+
+def test_folder_of_another_run_is_left_alone(shards, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    fails_with("holds files already", "train", shards, finished, "--recipe", "tiny")
+    fails_with("a run of recipe tiny, not notes", "train", shards, finished, "--resume", "--recipe", "notes")
+    fails_with("a run with seed 0 and 2 epochs", "train", shards, finished, "--resume", "--seed", "1")
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_resuming_nothing(shards, tmp_path):
+    fails_with("no run there", "train", shards, tmp_path / "none", "--resume")
+
+
+def test_damaged_checkpoint(shards, finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = sorted((run / "checkpoints" / f"step-{STEPS:09d}").glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-1])
+    fails_with("missing or changed.*remove .*step-000000025 to use the one before", "evaluate", run, shards)
+
+
+def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    description = json.loads((run / "run.json").read_text())
+    description["recipe"]["kernels"][0] = 96
+    (run / "run.json").write_text(json.dumps(description))
+    fails_with("step-000000025: .*other recipe|does not fit", "evaluate", run, shards)
+
+
+def test_one_process_too_many(shards, tmp_path):
+    towers = start_towers(shards, tmp_path / "run", processes=3)
+    output = towers.output()
+    assert towers.process.returncode == 2
+    assert output.strip() == "alexnet: 3 processes: the network has two towers, so start 1 or 2 " \
+                             "(torchrun --nproc-per-node)"
+
+
+# Two processes started by hand, for what torchrun itself would hide.
+
+
+@pytest.fixture
+def by_hand(shards, tmp_path):
+    """Start tower `rank` of a pair with these options of `train`; all are killed at the end of the test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+
+    def start(rank: int, *options) -> subprocess.Popen:
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                       "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = alexnet("train", shards, tmp_path / "run", "--recipe", "tiny", "--epochs", "50", *options)
+        started.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_steps(run: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not (run / "log.jsonl").exists() or '"steps"' not in (run / "log.jsonl").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("transport", ["rpc", "gloo"])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_peer_that_dies_ends_the_other_with_one_line(by_hand, tmp_path, transport, killed):
+    towers = [by_hand(rank, "--transport", transport, "--timeout", 60) for rank in (0, 1)]
+    wait_for_steps(tmp_path / "run")
+    towers[killed].kill()
+    output = towers[1 - killed].communicate(timeout=20)[0]
+    assert towers[1 - killed].returncode == 1
+    assert re.fullmatch(r"alexnet: the other tower died.*\n", output), output
+
+
+def test_a_peer_that_hangs_ends_the_other_within_the_time_out(by_hand, tmp_path):
+    towers = [by_hand(rank, "--timeout", 5) for rank in (0, 1)]
+    wait_for_steps(tmp_path / "run")
+    towers[1].send_signal(signal.SIGSTOP)
+    output = towers[0].communicate(timeout=25)[0]
+    assert towers[0].returncode == 1
+    assert re.fullmatch(r"alexnet: the other tower sent nothing for 5 s .*\n", output), output
+
+
+def test_towers_started_differently_are_told_apart(by_hand, tmp_path):
+    towers = [by_hand(rank, "--seed", rank) for rank in (0, 1)]
+    outputs = [tower.communicate(timeout=60)[0] for tower in towers]
+    assert [tower.returncode for tower in towers] == [2, 2]
+    assert outputs[0] == "alexnet: the two towers were started differently: seed (0 in tower 0, 1 in the other)\n"
+    assert outputs[1] == ""
+    assert not (tmp_path / "run").exists()
