@@ -10,17 +10,10 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +25,7 @@ from pipeline.manifest import FILE_NAME, SPLITS, Manifest, ShardFile, Split, sha
 from pipeline.shards import ShardWriter
 from pipeline.sources import Source, SourceImage, open_source
 from pipeline.statistics import PixelStatistics
+from pipeline.workers import Workers, WorkerLost
 
 MEAN_NAME = "mean.npy"
 REJECTED_NAME = "rejected.jsonl"  # a line: {"split", "name", "label", "reason", "sha256"}
@@ -67,7 +61,7 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
         for path in leftovers:
             path.unlink()
         rejected: list[dict] = []
-        with _worker_pool(workers) as pool:
+        with Workers(workers, _fit_chunk) as pool:
             train, statistics = _pack(pool, workers, data, "train", out, rejected, progress)
             val, _ = _pack(pool, workers, data, "val", out, rejected, progress)
         write_durably(out / REJECTED_NAME, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
@@ -82,10 +76,8 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
             rgb_covariance=statistics.rgb_covariance().tolist(),
         )
         manifest.save(out)
-    except BrokenProcessPool:
-        raise PreprocessError(
-            f"one of {workers} worker processes was killed, most likely for want of memory: run again with fewer"
-        ) from None
+    except WorkerLost as error:
+        raise PreprocessError(f"{error}: run again with fewer than {workers} workers, or with more memory") from None
     except OSError as error:  # the source's own are DataErrors
         raise PreprocessError(f"{out}: cannot be written ({error.strerror or error}): mend that and run again") from None
     _warn_of_empty_classes(manifest)
@@ -119,7 +111,7 @@ class _Fitted(NamedTuple):
 
 
 def _pack(
-    pool: Executor, workers: int, data: Source, split: str, out: Path, rejected: list[dict], progress: Progress | None
+    pool: Workers, workers: int, data: Source, split: str, out: Path, rejected: list[dict], progress: Progress | None
 ) -> tuple[Split, PixelStatistics]:
     """Write the shards of one split; append what is left out to `rejected`."""
     statistics = PixelStatistics()
@@ -151,13 +143,13 @@ def _pack(
 
 
 def _in_order(
-    pool: Executor, workers: int, images: Iterator[SourceImage]
+    pool: Workers, workers: int, images: Iterator[SourceImage]
 ) -> Iterator[tuple[list[tuple[str, int]], tuple[list[_Fitted], PixelStatistics]]]:
     """Fit chunk after chunk; yield (name, label) of each image with what became of it, in the source's order."""
     under_way: deque = deque()
     for chunk in _chunks(images):
         entries = [(image.name, image.label) for image in chunk]
-        under_way.append((entries, pool.submit(_fit_chunk, chunk)))
+        under_way.append((entries, pool.submit(chunk)))
         if len(under_way) >= CHUNKS_PER_WORKER * workers:
             entries, result = under_way.popleft()
             yield entries, result.result()
@@ -194,33 +186,6 @@ def _fit_chunk(chunk: list[SourceImage]) -> tuple[list[_Fitted], PixelStatistics
         statistics.add(pixels)
         fitted.append(_Fitted(encode(pixels)))
     return fitted, statistics
-
-
-@contextmanager
-def _worker_pool(workers: int) -> Iterator[Executor]:
-    """Start `workers` processes; none is left afterwards, whatever happens."""
-    # Spawned: a fork would copy the locks of threads that Arrow and others have started.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker)
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else NumPy starts a thread a core in every worker
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
-
-
-def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent shuts its workers down
-
-    def follow_parent() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)  # the parent was killed and could not shut anything down
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _printable(name: str) -> str:

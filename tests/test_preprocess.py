@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from PIL import Image
 
 from pipeline import preprocess as packing
 from pipeline import shards
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PreprocessError
 from pipeline.images import ENCODING, fit
 from pipeline.manifest import check_files, load_manifest
-from pipeline.preprocess import PreprocessError, preprocess
+from pipeline.preprocess import preprocess
 from pipeline.sample import write_sample
 from pipeline.shards import ShardImages, ShardWriter
 from pipeline.sources import open_source
+from pipeline.workers import Workers, WorkerLost
 
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = ("n01", "n02", "n03")
@@ -249,20 +251,51 @@ def test_a_killed_worker_is_one_line(tmp_path, source, monkeypatch):
         if done == 2:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    with pytest.raises(PreprocessError, match="one of 2 worker processes was killed") as caught:
+    with pytest.raises(PreprocessError, match="a worker process was killed") as caught:
         preprocess(source, tmp_path / "shards", 2, kill_one)
     assert "\n" not in str(caught.value) and not multiprocessing.active_children()
     assert not (tmp_path / "shards" / "manifest.json").exists()
 
 
+def act(order: str) -> str:
+    """What the processes of the next test do."""
+    if order == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "die while writing":  # a result that the pipe cannot take at once
+        threading.Thread(target=lambda: (time.sleep(0.05), os.kill(os.getpid(), signal.SIGKILL))).start()
+        return "x" * (1 << 30)
+    if order == "sleep":
+        time.sleep(60)
+    return order.upper()
+
+
+@pytest.mark.parametrize("order", ["die", "die while writing"])
+def test_a_lost_worker_fails_its_call_and_only_that(order):
+    with Workers(2, act) as workers:
+        lost, other = workers.submit(order), workers.submit("echo")
+        assert other.result(timeout=30) == "ECHO"
+        with pytest.raises(WorkerLost, match="was killed"):
+            lost.result(timeout=30)
+    assert not multiprocessing.active_children()
+
+
+def test_leaving_does_not_wait_for_busy_workers():
+    with Workers(2, act) as workers:
+        results = [workers.submit(order) for order in ("echo", "sleep", "sleep", "sleep")]
+        assert results[0].result(timeout=30) == "ECHO"
+        started = time.monotonic()
+    assert time.monotonic() - started < 10
+    assert not multiprocessing.active_children()
+
+
 CHILD = """
-import os, signal, sys
+import multiprocessing, signal, sys
 from pathlib import Path
 from pipeline import preprocess as packing
 
 def report(done, total, split):
     if done == 2:
-        print(*(p.pid for p in packing.multiprocessing.active_children()), flush=True)
+        print(*(p.pid for p in multiprocessing.active_children()), flush=True)
         signal.pause()  # until the test's signal comes
 
 if __name__ == "__main__":
