@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from launch import __version__
+
 # Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -53,7 +55,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="alexnet-two-towers")
+@click.version_option(__version__)
 def cli() -> None:
     """AlexNet (Krizhevsky, Sutskever and Hinton 2012) on two towers: from ImageNet's archives to its error."""
 

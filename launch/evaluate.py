@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from launch import checkpoint, facts
+from launch.errors import UserError
 from launch.run_folder import RunFolder, load_network
 from launch.world import World
 from model.network import AlexNet
@@ -55,7 +56,10 @@ def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: 
         check_files(shards, manifest)
     folder = RunFolder(run_path)
     run = folder.read()
-    newest = folder.newest_for(run, manifest)
+    newest = folder.newest_checkpoint(run)
+    if [c.wnid for c in manifest.classes] != run.wnids:
+        raise UserError(f"{shards}: its {len(manifest.classes)} classes are not the {len(run.wnids)} that {run_path} "
+                        "was trained on; evaluate on shards of the same classes")
     images = ShardImages(shards, manifest, "val")
     world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "views": views, "batch": batch,
                  "code": facts.code_hash()})

@@ -14,7 +14,7 @@ from launch.world import World
 from model.network import AlexNet
 from model.recipe import Recipe
 from model.tower import build, whole_shapes
-from pipeline.manifest import Manifest, write_durably
+from pipeline.manifest import write_durably
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); restore it or train anew") from None
 
-    def newest_for(self, run: Run, manifest: Manifest) -> Path:
-        """Return the newest checkpoint. UserError where there is none, or the shards have other classes than `run`."""
+    def newest_checkpoint(self, run: Run) -> Path:
+        """Return the newest checkpoint. UserError where there is none, or it is another run's."""
         newest = checkpoint.latest(self.checkpoints)
-        if [c.wnid for c in manifest.classes] != run.wnids:
-            raise UserError(f"{self.path}: trained on {len(run.wnids)} classes other than these shards' "
-                            f"{len(manifest.classes)}; evaluate on shards of the same classes")
+        state = checkpoint.read_state(newest)
+        differing = [key for key, value in run.to_dict().items() if state.get(key) != json.loads(json.dumps(value))]
+        if differing:
+            raise UserError(f"{newest}: a checkpoint of another run ({', '.join(differing)} differ from "
+                            f"{self.path / 'run.json'}); remove it, or restore run.json")
         return newest
 
     def mean(self) -> np.ndarray:

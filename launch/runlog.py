@@ -6,6 +6,11 @@ import json
 import time
 from pathlib import Path
 
+from torch import Tensor
+
+from model.exchange import Exchange
+from pipeline.loader import TrainingLoader
+
 
 class RunLog:
     """Appends records to `path`. Only rank 0 holds one; `RunLog(None)` keeps nothing."""
@@ -25,6 +30,32 @@ class RunLog:
     def __exit__(self, *_) -> None:
         if self._file:
             self._file.close()
+
+
+class Interval:
+    """Sums over the steps between two lines of the log. Its clock starts when it is made."""
+
+    def __init__(self, loader: TrainingLoader, exchange: Exchange | None):
+        self.loader, self.exchange = loader, exchange
+        self.steps, self.images, self.loss, self.right = 0, 0, 0.0, 0
+        self.began, self.waits_before = time.perf_counter(), self._waits()
+
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        self.steps += 1
+        self.images += images
+        self.loss = self.loss + loss  # tensors: on a GPU nothing waits for them here
+        self.right = self.right + right
+
+    def figures(self) -> dict:
+        """Return the log's figures: means over the images, shares (0-1) of the time. Sets `seconds`."""
+        loss, right = float(self.loss) / self.steps, int(self.right)
+        self.seconds = time.perf_counter() - self.began
+        data, peer = (now - before for now, before in zip(self._waits(), self.waits_before))
+        return {"loss": loss, "train_top1_error": 1 - right / self.images, "images_per_s": self.images / self.seconds,
+                "waiting_for_data": data / self.seconds, "waiting_for_peer": peer / self.seconds}
+
+    def _waits(self) -> tuple[float, float]:
+        return self.loader.wait_s, self.exchange.waited_s if self.exchange else 0.0
 
 
 def read_log(path: Path) -> list[dict]:

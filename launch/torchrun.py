@@ -10,6 +10,7 @@ import signal
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
@@ -24,6 +25,10 @@ def main() -> None:
             print(f"alexnet: the process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}",
                   file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except (KeyboardInterrupt, SignalException) as error:
+        stopped_by = getattr(error, "sigval", signal.SIGINT)
+        print(f"alexnet: stopped by {signal.Signals(stopped_by).name}", file=sys.stderr)
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -17,9 +18,8 @@ from launch import checkpoint, facts
 from launch.errors import RunFailed, UserError
 from launch.evaluate import Errors, error_rates
 from launch.run_folder import Run, RunFolder
-from launch.runlog import RunLog
+from launch.runlog import Interval, RunLog
 from launch.world import World
-from model.exchange import Exchange
 from model.optimizer import MomentumSGD
 from model.recipe import Recipe
 from model.schedule import Progress
@@ -58,7 +58,7 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
     mean = np.load(shards / manifest.mean.name, allow_pickle=False)
     if options.resume:
         run = _resumed(folder, recipe, seed, epochs, data)
-        newest = checkpoint.latest(folder.checkpoints)
+        newest = folder.newest_checkpoint(run)
     else:
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
         run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data), None
@@ -93,7 +93,7 @@ class Trainer:
 
     def __init__(self, world: World, shards: Path, manifest: Manifest, mean: np.ndarray, run: Run,
                  folder: RunFolder, options: Options):
-        self.world, self.run_facts, self.folder, self.options = world, run, folder, options
+        self.world, self.identity, self.folder, self.options = world, run, folder, options
         self.recipe, self.mean = run.recipe, mean
         self.classes = len(manifest.classes)
         self.training, self.validation = (ShardImages(shards, manifest, split) for split in ("train", "val"))
@@ -119,7 +119,7 @@ class Trainer:
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=None if self.world.leads else True,
                    dynamic_ncols=True)
         with images, bar:
-            interval = _Interval(images, self.world.exchange)
+            interval = Interval(images, self.world.exchange)
             while self.step < stop and not self.recipe.schedule.ended(self.progress):
                 pixels, labels = next(images)
                 interval.add(*self._step(pixels, labels), len(labels))
@@ -137,13 +137,13 @@ class Trainer:
                 if due:
                     self._save()
                     saved_at = time.monotonic()
-                interval = _Interval(images, self.world.exchange)
+                interval = Interval(images, self.world.exchange)
         self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1),
                        **({"val": asdict(errors)} if errors else {}))
         return errors
 
     def _build(self, newest: Path | None) -> None:
-        network = build(self.recipe, self.classes, self.run_facts.seed, self.world.exchange)
+        network = build(self.recipe, self.classes, self.identity.seed, self.world.exchange)
         shapes = whole_shapes(self.recipe, self.classes)
         self.network = network.to(self.world.device)
         self.optimizer = MomentumSGD(self.network.parameters(), self.recipe.learning_rate, self.recipe.momentum,
@@ -174,17 +174,26 @@ class Trainer:
 
     def _control(self, pixels: Tensor, labels: Tensor, due: bool) -> bool:
         """Compare notes with the other tower: the batch, the health, and whether either wants a checkpoint."""
-        sound = not due or all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
+        sound = all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
         notes = torch.tensor([*_checksums(pixels, labels), due, not sound])
         if self.world.exchange is not None:
             theirs = self.world.exchange.swap(notes.to(self.world.device), "notes on the step").cpu()
             if not torch.equal(notes[:2], theirs[:2]):
-                raise RunFailed(f"step {self.step}: the two towers were given different images; "
-                                "do both hosts read the same shards with the same decoder?")
+                self._fail("the two towers were given different images; do both hosts read the same shards with "
+                           "the same decoder?")
             notes = torch.maximum(notes, theirs)
         if notes[3]:
-            raise RunFailed(f"step {self.step}: weights are no longer finite; {self._advice()}")
+            self._fail(f"weights are no longer finite; {self._advice()}")
         return bool(notes[2])
+
+    def _fail(self, reason: str) -> NoReturn:
+        """End the run; called by both towers alike."""
+        self.log.write("failed", step=self.step, reason=reason)
+        raise RunFailed(f"step {self.step}: {reason}")
+
+    def _advice(self) -> str:
+        return (f"the last good checkpoint is in {self.folder.checkpoints}; "
+                "lower the learning rate or look at the data")
 
     def _validate(self) -> Errors:
         began = time.perf_counter()
@@ -201,7 +210,7 @@ class Trainer:
         return errors
 
     def _save(self) -> None:
-        state = {"progress": asdict(self.progress), "trained_s": self.trained_s, **self.run_facts.to_dict()}
+        state = {"progress": asdict(self.progress), "trained_s": self.trained_s, **self.identity.to_dict()}
         path = checkpoint.save(self.folder.checkpoints, self.step, self.tensors, self.shapes, state, self.options.keep)
         self.log.write("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
 
@@ -211,46 +220,17 @@ class Trainer:
             "resume" if newest else "start", command=facts.command(), commit=facts.commit(), code=facts.code_hash(),
             versions=facts.versions(), hardware=facts.hardware(world.device), processes=world.size,
             threads=world.threads, device=str(world.device), transport=world.transport if world.size > 1 else None,
-            step=self.step, steps_per_epoch=self.steps_per_epoch, images=len(self.training), **self.run_facts.to_dict())
+            step=self.step, steps_per_epoch=self.steps_per_epoch, images=len(self.training), **self.identity.to_dict())
 
-    def _log_interval(self, interval: _Interval, bar: tqdm) -> None:
+    def _log_interval(self, interval: Interval, bar: tqdm) -> None:
         figures = interval.figures()
         self.trained_s += interval.seconds
         self.last_loss = figures["loss"]
+        if not math.isfinite(self.last_loss):
+            self._fail(f"the loss is {self.last_loss}; {self._advice()}")
         self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch,
                        rate=self.optimizer.param_groups[0]["lr"], **figures)
         bar.set_postfix_str(f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s")
-        if not math.isfinite(self.last_loss):
-            raise RunFailed(f"step {self.step}: the loss is {self.last_loss}; {self._advice()}")
-
-    def _advice(self) -> str:
-        return (f"the last good checkpoint is in {self.folder.checkpoints}; "
-                "lower the learning rate or look at the data")
-
-
-class _Interval:
-    """Sums over the steps between two lines of the log."""
-
-    def __init__(self, loader: TrainingLoader, exchange: Exchange | None):
-        self.loader, self.exchange = loader, exchange
-        self.steps, self.images, self.loss, self.right = 0, 0, 0.0, 0
-        self.began, self.waits_before = time.perf_counter(), self._waits()
-
-    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
-        self.steps += 1
-        self.images += images
-        self.loss = self.loss + loss  # tensors: on a GPU nothing waits for them here
-        self.right = self.right + right
-
-    def figures(self) -> dict:
-        loss, right = float(self.loss) / self.steps, int(self.right)
-        self.seconds = time.perf_counter() - self.began
-        data, peer = (now - before for now, before in zip(self._waits(), self.waits_before))
-        return {"loss": loss, "train_top1_error": 1 - right / self.images, "images_per_s": self.images / self.seconds,
-                "waiting_for_data": data / self.seconds, "waiting_for_peer": peer / self.seconds}
-
-    def _waits(self) -> tuple[float, float]:
-        return self.loader.wait_s, self.exchange.waited_s if self.exchange else 0.0
 
 
 def _checksums(pixels: Tensor, labels: Tensor) -> tuple[int, int]:

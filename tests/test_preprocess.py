@@ -327,8 +327,13 @@ def test_no_worker_outlives_an_interrupted_or_killed_run(tmp_path, source, numbe
     try:
         workers = [int(pid) for pid in child.stdout.readline().split()]
         assert len(workers) == 2
-        # Ctrl-C reaches every process of the terminal; the kernel's killer takes one.
-        (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
+        if number == signal.SIGINT:  # Ctrl-C reaches every process of the terminal
+            for pid in workers:
+                os.kill(pid, number)
+            time.sleep(0.3)
+            os.killpg(child.pid, number)
+        else:
+            child.kill()
         said, errors = child.communicate(timeout=20)
     finally:
         child.kill()
