@@ -1,0 +1,101 @@
+"""The command line: results on stdout, one line and exit code 2 for a user's mistake, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from launch.cli import cli
+
+
+def alexnet(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "archives"
+    assert alexnet("sample", folder, "--train-per-class", 3, "--val-per-class", 1).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def source(archives, tmp_path) -> Path:
+    return Path(shutil.copytree(archives, tmp_path / "source"))
+
+
+def test_the_way_from_sample_to_verified_shards(archives, tmp_path):
+    done = alexnet("preprocess", archives, tmp_path / "shards", "--workers", 1)
+    assert done.exit_code == 0
+    assert f"{tmp_path / 'shards'}: 30 train, 10 val images of 10 classes\n" in done.stdout
+    verified = alexnet("verify", tmp_path / "shards")
+    assert verified.exit_code == 0 and "whole: 30 train, 10 val images of 10 classes" in verified.stdout
+
+
+def fails(line: str, *arguments) -> None:
+    done = alexnet(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    (told,) = done.stderr.strip().splitlines()
+    assert told.startswith("alexnet: ") and line in told
+
+
+def test_sample_overwrites_nothing(archives):
+    before = {path: path.read_bytes() for path in archives.iterdir()}
+    fails("ILSVRC2012_img_train.tar", "sample", archives)
+    assert before == {path: path.read_bytes() for path in archives.iterdir()}
+
+
+def test_missing_source(tmp_path):
+    fails("nothing", "preprocess", tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_devkit(source, tmp_path):
+    (source / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    fails("ILSVRC2012_devkit_t12.tar.gz", "preprocess", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_archive(source, tmp_path):
+    archive = source / "ILSVRC2012_img_train.tar"
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    fails("ILSVRC2012_img_train.tar", "preprocess", source, tmp_path / "out", "--workers", 1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_shards_are_not_overwritten(archives, tmp_path):
+    out = tmp_path / "shards"
+    alexnet("preprocess", archives, out, "--workers", 1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    fails("already holds shards", "preprocess", archives, out)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_an_image_of_zero_bytes_is_listed_and_left_out(tmp_path):
+    source = tmp_path / "folders"
+    for split in ("train", "val"):
+        (source / split / "n00000001").mkdir(parents=True)
+        for i in range(2):
+            Image.linear_gradient("L").save(source / split / "n00000001" / f"{i}.JPEG")
+    (source / "train" / "n00000001" / "empty.JPEG").write_bytes(b"")
+    done = alexnet("preprocess", source, tmp_path / "out", "--workers", 1)
+    assert done.exit_code == 0
+    assert "2 train, 2 val images of 1 classes; 1 left out" in done.stdout
+    (entry,) = (json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert entry["name"].endswith("empty.JPEG") and entry["reason"] == "empty file"
+
+
+def test_unknown_recipe(tmp_path):
+    fails("no recipe named 'big'; there are notes, tiny", "train", tmp_path, tmp_path / "run", "--recipe", "big")
+
+
+def test_help_names_every_command():
+    shown = alexnet("--help").stdout
+    for command in ("sample", "preprocess", "verify", "train", "evaluate", "bench"):
+        assert command in shown
