@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,8 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Si
             dcp.load(wanted, no_dist=not dist.is_initialized(),
                      storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{checkpoint}: does not fit this network ({str(error).strip().splitlines()[-1][:200]})") from None
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise UserError(f"{checkpoint}: does not fit this network ({reason}); remove it") from None
     for name, tensor in tensors.items():
         value = wanted[name]
         tensor.copy_(value.to_local() if isinstance(value, DTensor) else value)

@@ -120,7 +120,7 @@ def _process_options(command):
         click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=click.FloatRange(1),
                      help="Seconds after which a silent peer ends the run."),
         click.option("--threads", type=click.IntRange(1),
-                     help="CPU threads for arithmetic, and as many for DALI; default: this process's share of the cores."),
+                     help="CPU threads for arithmetic, and as many for DALI; default: a fair share of the cores."),
     )):
         command = option(command)
     return command
@@ -193,7 +193,7 @@ def bench() -> None:
 
 @bench.command("preprocess")
 @click.argument("images", type=FOLDER)
-@click.option("--total", default=2000, show_default=True, type=click.IntRange(1), help="Images to pack; repeated to this.")
+@click.option("--total", default=2000, show_default=True, type=click.IntRange(1), help="Images to pack, repeated.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--workers", type=click.IntRange(1))
 def bench_preprocess(images: Path, total: int, repeats: int, workers: int | None) -> None:
@@ -220,7 +220,7 @@ def bench_loader(shards: Path, **settings) -> None:
 @bench.command("step")
 @click.option("--recipe", default="notes", show_default=True)
 @click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
-@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two for warming up.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others.")
 @_process_options
 def bench_step(recipe: str, classes: int, steps: int, **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""

@@ -25,7 +25,7 @@ from pipeline.manifest import FILE_NAME, SPLITS, Manifest, ShardFile, Split, sha
 from pipeline.shards import ShardWriter
 from pipeline.sources import Source, SourceImage, open_source
 from pipeline.statistics import PixelStatistics
-from pipeline.workers import Workers, WorkerLost
+from pipeline.workers import WorkerLost, Workers
 
 MEAN_NAME = "mean.npy"
 REJECTED_NAME = "rejected.jsonl"  # a line: {"split", "name", "label", "reason", "sha256"}

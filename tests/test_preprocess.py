@@ -9,7 +9,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from pipeline.preprocess import preprocess
 from pipeline.sample import write_sample
 from pipeline.shards import ShardImages, ShardWriter
 from pipeline.sources import open_source
-from pipeline.workers import Workers, WorkerLost
+from pipeline.workers import WorkerLost, Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = ("n01", "n02", "n03")

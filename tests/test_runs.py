@@ -50,12 +50,12 @@ def shards(tmp_path_factory) -> Path:
 def finished(shards, tmp_path_factory) -> Path:
     """A run of two towers, STEPS steps, left alone."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    start_towers(shards, run).check()
+    Towers(shards, run).check()
     return run
 
 
-class start_towers:
-    """`alexnet train` under launch/train.sh, in a process group of its own."""
+class Towers:
+    """A run of `alexnet train` under launch/train.sh, in a process group of its own."""
 
     def __init__(self, shards, run, *options, processes: int = 2):
         command = ["bash", str(ROOT / "launch/train.sh"), str(shards), str(run), "--recipe", "tiny", "--epochs", "2",
@@ -95,7 +95,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 
 def test_killed_in_mid_epoch_and_resumed_ends_the_same(shards, finished, tmp_path):
     run = tmp_path / "run"
-    towers = start_towers(shards, run, "--checkpoint-minutes", "0")
+    towers = Towers(shards, run, "--checkpoint-minutes", "0")
     first = run / "checkpoints" / f"step-{CONTROL_STEPS + 1:09d}"
     deadline = time.monotonic() + 120
     while not first.exists():
@@ -103,7 +103,7 @@ def test_killed_in_mid_epoch_and_resumed_ends_the_same(shards, finished, tmp_pat
         time.sleep(0.01)
     towers.kill()
     assert not (run / "checkpoints" / f"step-{STEPS:09d}").exists()
-    start_towers(shards, run, "--resume").check()
+    Towers(shards, run, "--resume").check()
     resumed = [record for record in read_log(run / "log.jsonl") if record["event"] == "resume"]
     assert resumed and 0 < resumed[0]["step"] < STEPS
     assert_same(weights(finished), weights(run))
@@ -114,12 +114,22 @@ def test_two_processes_go_on_as_one_and_back(shards, finished, tmp_path):
     one, two = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("one", "two"))
     for run, processes in ((one, 1), (two, 2)):
         shutil.rmtree(run / "checkpoints" / f"step-{STEPS:09d}")
-        start_towers(shards, run, "--resume", "--steps", 16, processes=processes).check()
+        Towers(shards, run, "--resume", "--steps", 16, processes=processes).check()
     assert len(list((one / "checkpoints" / "step-000000016").glob("*.safetensors"))) == 1
     assert_same(weights(one, 16), weights(two, 16), tolerance=1e-4)
     for run, processes in ((one, 2), (two, 1)):
-        start_towers(shards, run, "--resume", "--steps", 17, processes=processes).check()
+        Towers(shards, run, "--resume", "--steps", 17, processes=processes).check()
     assert_same(weights(one, 17), weights(two, 17), tolerance=1e-3)
+
+
+@pytest.mark.gpu
+def test_two_towers_train_and_resume_on_gpus(shards, tmp_path):
+    """Each on a GPU of its own, or both on one."""
+    run = tmp_path / "run"
+    Towers(shards, run, "--device", "cuda", "--steps", 16).check()
+    Towers(shards, run, "--device", "cuda", "--resume").check()
+    losses = [record["loss"] for record in read_log(run / "log.jsonl") if record["event"] == "steps"]
+    assert losses[-1] < losses[0]
 
 
 def test_log_says_what_was_run(finished):
@@ -156,9 +166,9 @@ def test_only_the_newest_checkpoints_are_kept(finished):
 def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path):
     folder = RunFolder(tmp_path / "run")
     wild = replace(TINY, learning_rate=1e12, epochs=1)
-    with world("cpu", "rpc", 60, 1) as this:
-        with pytest.raises(RunFailed, match="step .*(loss is (nan|inf)|no longer finite).*last good checkpoint"):
-            train(this, shards, folder, wild, 0, None, Options(checkpoint_minutes=0))
+    told = "step .*(loss is (nan|inf)|no longer finite).*last good checkpoint"
+    with world("cpu", "rpc", 60, 1) as this, pytest.raises(RunFailed, match=told):
+        train(this, shards, folder, wild, 0, None, Options(checkpoint_minutes=0))
     assert read_log(folder.log_path)[-1]["event"] == "failed"
     for path in folder.checkpoints.glob("step-*"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", int(path.name[5:])).values())
@@ -181,7 +191,7 @@ def damaged(shards, tmp_path) -> Path:
 
 def test_missing_manifest(damaged, tmp_path):
     (damaged / "manifest.json").unlink()
-    fails_with("manifest.json: cannot be read.*alexnet preprocess", "train", damaged, tmp_path / "run", "--recipe", "tiny")
+    fails_with("manifest.json: cannot be read.*alexnet preprocess", "train", damaged, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -222,7 +232,7 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
 
 
 def test_one_process_too_many(shards, tmp_path):
-    towers = start_towers(shards, tmp_path / "run", processes=3)
+    towers = Towers(shards, tmp_path / "run", processes=3)
     output = towers.output()
     assert towers.process.returncode == 2
     assert output.strip() == "alexnet: 3 processes: the network has two towers, so start 1 or 2 " \
