@@ -41,7 +41,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, t
     temporary = folder / f"{final.name}.tmp"
     leads = not dist.is_initialized() or dist.get_rank() == 0
     if leads:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob("step-*.tmp"):  # a kill left it
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     _barrier()
     with _alone_without_warning():

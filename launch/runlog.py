@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -16,12 +17,16 @@ class RunLog:
     """Appends records to `path`. Only rank 0 holds one; `RunLog(None)` keeps nothing."""
 
     def __init__(self, path: Path | None):
-        self._file = open(path, "a", encoding="utf-8") if path else None
+        self._file = open(path, "a+b") if path else None
+        if self._file and self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read() != b"\n":  # a kill cut the last line short: what follows is not to be lost with it
+                self._file.write(b"\n")
 
     def write(self, event: str, **fields) -> None:
         if self._file:
             record = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
 
     def __enter__(self) -> RunLog:

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -35,6 +36,9 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         before = os.environ.get("OPENBLAS_NUM_THREADS")
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else NumPy starts a thread a core in every process
+        # Ctrl-C reaches every process: the workers inherit that it is blocked, and the parent ends them.
+        resource_tracker.ensure_running()  # started by the first worker, it would unblock the signal
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(number):
                 ours, theirs = context.Pipe()
@@ -50,6 +54,7 @@ class Workers:
             self.__exit__()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             if before is None:
                 del os.environ["OPENBLAS_NUM_THREADS"]
             else:
@@ -83,7 +88,6 @@ class Workers:
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     while True:
         try:
             argument = connection.recv()

@@ -1,0 +1,29 @@
+"""The log survives a kill in the middle of a line."""
+
+from __future__ import annotations
+
+from launch.runlog import RunLog, read_log
+
+
+def test_records_after_a_line_cut_short_are_kept(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with RunLog(path) as log:
+        log.write("start", step=0)
+        log.write("steps", step=1)
+    path.write_bytes(path.read_bytes()[:-5])
+    with RunLog(path) as log:
+        log.write("resume", step=0)
+    assert [(record["event"], record["step"]) for record in read_log(path)] == [("start", 0), ("resume", 0)]
+
+
+def test_a_whole_log_is_continued_without_a_gap(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for event in ("start", "resume"):
+        with RunLog(path) as log:
+            log.write(event)
+    assert path.read_text().count("\n") == 2 and len(read_log(path)) == 2
+
+
+def test_no_path_keeps_nothing():
+    with RunLog(None) as log:
+        log.write("start")
