@@ -25,7 +25,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from launch.errors import UserError
+from launch.errors import RunFailed, UserError
+from model.errors import PeerError, reason
 from pipeline.manifest import sha256_of, sync_folder, write_durably
 
 STATE = "state.json"
@@ -40,25 +41,28 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, t
     final = folder / f"step-{step:09d}"
     temporary = folder / f"{final.name}.tmp"
     leads = not dist.is_initialized() or dist.get_rank() == 0
-    if leads:
-        for unfinished in folder.glob("step-*.tmp"):  # a kill left it
-            shutil.rmtree(unfinished)
-        temporary.mkdir(parents=True)
-    _barrier()
-    with _alone_without_warning():
-        dcp.save(_whole_network(tensors, whole), no_dist=not dist.is_initialized(),
-                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    _barrier()
-    if leads:
-        files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
-        write_durably(temporary / STATE, json.dumps({**state, "step": step, "files": files}, indent=1).encode())
-        if final.exists():  # a run that went back and came here again
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync_folder(folder)
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
+    try:
+        if leads:
+            for unfinished in folder.glob("step-*.tmp"):  # a kill left it
+                shutil.rmtree(unfinished)
+            temporary.mkdir(parents=True)
+        _barrier()
+        with _alone_without_warning():
+            dcp.save(_whole_network(tensors, whole), no_dist=not dist.is_initialized(),
+                     storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        if leads:
+            files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
+            write_durably(temporary / STATE, json.dumps({**state, "step": step, "files": files}, indent=1).encode())
+            if final.exists():  # a run that went back and came here again
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            sync_folder(folder)
+            for old in steps(folder)[:-keep]:
+                shutil.rmtree(old)
+        _barrier()
+    except (dcp.CheckpointException, OSError) as error:
+        raise RunFailed(f"{temporary}: the checkpoint cannot be written ({_cause(error)}); mend that and go on "
+                        "with --resume") from None
     return final
 
 
@@ -74,8 +78,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Si
             dcp.load(wanted, no_dist=not dist.is_initialized(),
                      storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise UserError(f"{checkpoint}: does not fit this network ({reason}); remove it") from None
+        raise UserError(f"{checkpoint}: does not fit this network ({_cause(error)}); remove it") from None
     for name, tensor in tensors.items():
         value = wanted[name]
         tensor.copy_(value.to_local() if isinstance(value, DTensor) else value)
@@ -131,4 +134,14 @@ def _alone_without_warning() -> Iterator[None]:
 
 def _barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise PeerError(f"the other tower died or hangs at a checkpoint ({reason(error)})") from None
+
+
+def _cause(error: BaseException) -> str:
+    """Return in one line what went wrong first: torch's exception holds that of each process."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return reason(error)

@@ -236,7 +236,16 @@ def bench_step(recipe: str, classes: int, steps: int, **process) -> None:
 
 
 def main() -> None:
-    cli(prog_name="alexnet")
+    try:
+        cli(prog_name="alexnet")
+    except SystemExit as end:
+        distributed = sys.modules.get("torch.distributed")
+        if end.code and distributed and distributed.is_initialized():
+            # The peer may be dead or hang: RPC's and gloo's threads, which wait for it, are not to be joined.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from launch.errors import UserError
 from launch.facts import usable_cores
+from model.errors import PeerError, reason
 from model.exchange import Exchange
 
 TRANSPORTS = ("rpc", "rpc-staged", "gloo", "nccl")
@@ -75,8 +76,11 @@ class World:
         if self.size == 1:
             return
         limit = timedelta(seconds=self.timeout_s)
-        dist.init_process_group("gloo", store=dist.PrefixStore("control", self.store),
-                                rank=self.rank, world_size=self.size, timeout=limit)
+        try:
+            dist.init_process_group("gloo", store=dist.PrefixStore("control", self.store),
+                                    rank=self.rank, world_size=self.size, timeout=limit)
+        except RuntimeError as error:
+            raise PeerError(f"the other tower did not join within {self.timeout_s:g} s ({reason(error)})") from None
         if self.transport in ("rpc", "rpc-staged"):
             from model.exchange.rpc import RpcExchange
 

@@ -79,7 +79,8 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
     except WorkerLost as error:
         raise PreprocessError(f"{error}: run again with fewer than {workers} workers, or with more memory") from None
     except OSError as error:  # the source's own are DataErrors
-        raise PreprocessError(f"{out}: cannot be written ({error.strerror or error}): mend that and run again") from None
+        reason = error.strerror or error
+        raise PreprocessError(f"{out}: cannot be written ({reason}): mend that and run again") from None
     _warn_of_empty_classes(manifest)
     return manifest
 

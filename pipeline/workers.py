@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +80,7 @@ class Workers:
     def _call(self, argument: Any) -> Any:
         connection = self._free.get()
         try:
-            connection.send(argument)
+            connection.send_bytes(pickle.dumps(argument))  # send() leaves a buffer locked where it fails
             return connection.recv()
         except (EOFError, OSError):
             raise WorkerLost("a worker process was killed, most likely for want of memory") from None

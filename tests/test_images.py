@@ -110,7 +110,8 @@ def test_every_kind_of_pixel_becomes_rgb(name, data, expected):
 
 def png_of_size(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+    header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + header + b"\0\0\0\0IDAT"
 
 
 JPEG = file_of(texture(300, 200), "JPEG")

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, the same bytes whatever the number of workers, and no half-finished folder passes for whole."""
+"""Packing: nothing lost, the same bytes for any number of workers, and no half-finished folder passes for whole."""
 
 from __future__ import annotations
 

@@ -174,6 +174,20 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path)
         assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", int(path.name[5:])).values())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(shards, finished, tmp_path, processes):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = weights(run)
+    limit = str(2 << 20)  # bytes of any file written: the log fits, a checkpoint does not
+    command = ["prlimit", f"--fsize={limit}", "bash", str(ROOT / "launch/train.sh"), str(shards), str(run), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PROCESSES": str(processes), "PYTHON": sys.executable})
+    assert done.returncode == 1
+    told = r"(epoch 2: .*\n)?alexnet: .*step-000000030.tmp: the checkpoint cannot be written .*--resume\n"
+    assert re.fullmatch(told, done.stderr), done.stderr
+    assert_same(weights(run), before)
+
+
 # What the user does wrong: one line, exit code 2, nothing lost.
 
 
