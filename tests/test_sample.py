@@ -19,7 +19,7 @@ from pipeline import sample
 from pipeline.drawing import CLASSES, _ground_colour, draw
 from pipeline.errors import DataError
 from pipeline.sample import ARCHIVES, write_sample
-from pipeline.sources.ilsvrc2012 import DEVKIT, TRAIN, VAL
+from pipeline.sources import ilsvrc2012
 
 TRAIN, VAL, SEED = 20, 4, 3
 
@@ -46,13 +46,13 @@ def train_images(folder: Path) -> list[tuple[str, str, bytes]]:
     """Class tar, name and bytes of every training picture."""
     return [
         (outer, name, image)
-        for outer, data in members(folder / TRAIN)
+        for outer, data in members(folder / ilsvrc2012.TRAIN)
         for name, image in members(io.BytesIO(data))
     ]
 
 
 def devkit(folder: Path) -> dict[str, bytes]:
-    return dict(members(folder / DEVKIT))
+    return dict(members(folder / ilsvrc2012.DEVKIT))
 
 
 def digests(folder: Path) -> list[str]:
@@ -71,7 +71,7 @@ def test_equal_seeds_give_equal_bytes_at_any_time_and_on_any_number_of_cores(tmp
 
 
 def test_training_archive_is_a_tar_of_one_tar_a_class(folder):
-    assert [name for name, _ in members(folder / TRAIN)] == [f"{c.wnid}.tar" for c in CLASSES]
+    assert [name for name, _ in members(folder / ilsvrc2012.TRAIN)] == [f"{c.wnid}.tar" for c in CLASSES]
     images = train_images(folder)
     assert Counter(outer for outer, _, _ in images) == {f"{c.wnid}.tar": TRAIN for c in CLASSES}
     for outer, name, _ in images:
@@ -81,7 +81,7 @@ def test_training_archive_is_a_tar_of_one_tar_a_class(folder):
 
 
 def test_validation_archive_is_flat_numbered_and_mixed(folder):
-    names = [name for name, _ in members(folder / VAL)]
+    names = [name for name, _ in members(folder / ilsvrc2012.VAL)]
     assert names == [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 10 * VAL + 1)]
     truth = devkit(folder)["ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"].decode()
     ids = [int(line) for line in truth.splitlines()]
@@ -141,13 +141,13 @@ def test_every_picture_is_of_the_class_that_the_archives_say(folder):
         if i % 5 == 0:
             assert drawn_again(sample.TRAIN, i, label_of_wnid[outer.removesuffix(".tar")], image)
     ids = devkit(folder)["ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"].split()
-    for i, ((_, image), number) in enumerate(zip(members(folder / VAL), ids)):
+    for i, ((_, image), number) in enumerate(zip(members(folder / ilsvrc2012.VAL), ids)):
         assert drawn_again(sample.VAL, i, label_of_id[int(number)], image)
 
 
 def test_modes_and_sizes(folder):
     train = [Image.open(io.BytesIO(image)) for _, _, image in train_images(folder)]
-    val = [Image.open(io.BytesIO(image)) for _, image in members(folder / VAL)]
+    val = [Image.open(io.BytesIO(image)) for _, image in members(folder / ilsvrc2012.VAL)]
     assert {image.format for image in train + val} == {"JPEG"}
     assert Counter(image.mode for image in train) == {"RGB": 189, "L": 10, "CMYK": 1}
     assert Counter(image.mode for image in val) == {"RGB": 38, "L": 2}
