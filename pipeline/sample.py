@@ -18,9 +18,9 @@ from scipy.io import savemat
 from pipeline.drawing import CLASSES, draw
 from pipeline.errors import DataError
 from pipeline.manifest import sync_folder
-from pipeline.sources.ilsvrc2012 import DEVKIT, TRAIN, VAL
+from pipeline.sources import ilsvrc2012
 
-ARCHIVES = (TRAIN, VAL, DEVKIT)
+ARCHIVES = (ilsvrc2012.TRAIN, ilsvrc2012.VAL, ilsvrc2012.DEVKIT)
 
 GREY_SHARE = 0.05
 LONG_SIDES = (160, 320, 500, 900, 1400)  # pixels, before a variation of a tenth
@@ -88,9 +88,9 @@ def write_sample(
         out.mkdir(parents=True, exist_ok=True)
         try:
             with _Studio(progress) as studio:
-                _write_train(temporary[TRAIN], studio, train_per_class, seed)
-                truth = _write_val(temporary[VAL], studio, val_per_class, seed)
-            _write_devkit(temporary[DEVKIT], truth, train_per_class)
+                _write_train(temporary[ilsvrc2012.TRAIN], studio, train_per_class, seed)
+                truth = _write_val(temporary[ilsvrc2012.VAL], studio, val_per_class, seed)
+            _write_devkit(temporary[ilsvrc2012.DEVKIT], truth, train_per_class)
             for name, path in temporary.items():
                 os.replace(path, out / name)
             sync_folder(out)
