@@ -62,11 +62,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("out", type=FOLDER)
-@click.option("--train-per-class", default=100, show_default=True, help="Training pictures of each class.")
-@click.option("--val-per-class", default=20, show_default=True, help="Validation pictures of each class.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same archives, byte for byte.")
+@click.option("--train-per-class", default=100, show_default=True, type=click.IntRange(1), help="Training pictures of each class.")
+@click.option("--val-per-class", default=20, show_default=True, type=click.IntRange(1), help="Validation pictures of each class.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same archives, byte for byte.")
 def sample(out: Path, train_per_class: int, val_per_class: int, seed: int) -> None:
-    """Draw a small data set in the three archives that ILSVRC-2012 comes in, and write them to OUT."""
+    """Draw a sample data set into OUT.
+
+    It comes in the three archives that ILSVRC-2012 comes in, and stands in for them.
+    """
     from tqdm import tqdm
 
     from pipeline.sample import write_sample
@@ -82,7 +85,9 @@ def sample(out: Path, train_per_class: int, val_per_class: int, seed: int) -> No
 @click.argument("out", type=FOLDER)
 @click.option("--workers", type=click.IntRange(1), help="Processes that decode; default: one a core.")
 def preprocess(source: Path, out: Path, workers: int | None) -> None:
-    """Pack SOURCE into shards in OUT: shorter side to 256, central 256 x 256, mean image, colour covariance.
+    """Pack SOURCE into shards in OUT.
+
+    Shorter side to 256, central 256 x 256, and the mean image and colour covariance of the training set.
 
     SOURCE is a folder with ILSVRC-2012's archives, a folder (or a tar) of train/WNID/* and val/WNID/*.
     What cannot be read is left out and listed in OUT/rejected.jsonl.
@@ -100,7 +105,7 @@ def preprocess(source: Path, out: Path, workers: int | None) -> None:
 @cli.command()
 @click.argument("shards", type=FOLDER)
 def verify(shards: Path) -> None:
-    """Re-hash and re-count SHARDS against their manifest."""
+    """Prove SHARDS whole: hash and count again."""
     from pipeline.manifest import check_files, load_manifest
     from pipeline.shards import ShardImages
 
@@ -130,7 +135,7 @@ def _process_options(command):
 @click.argument("shards", type=FOLDER)
 @click.argument("run", type=FOLDER)
 @click.option("--recipe", help="notes (default) or tiny.")
-@click.option("--seed", type=int, help="Of weights, batches and dropout; default 0.")
+@click.option("--seed", type=click.IntRange(0), help="Of weights, batches and dropout; default 0.")
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--steps", type=click.IntRange(1), help="Stop after so many steps in all, with a checkpoint.")
 @click.option("--resume", is_flag=True, help="Go on from RUN's newest checkpoint.")
@@ -170,7 +175,10 @@ def train(shards: Path, run: Path, recipe: str | None, seed: int | None, epochs:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @_process_options
 def evaluate(run: Path, shards: Path, views: str, batch: int, as_json: bool, **process) -> None:
-    """Print top-1 and top-5 error of RUN's newest checkpoint over the validation images of SHARDS."""
+    """Print top-1 and top-5 error of RUN.
+
+    Of its newest checkpoint, over the validation images of SHARDS; alone or under torchrun, like train.
+    """
     from launch.evaluate import evaluate_run
     from launch.world import world
 
@@ -188,7 +196,7 @@ def evaluate(run: Path, shards: Path, views: str, batch: int, as_json: bool, **p
 
 @cli.group()
 def bench() -> None:
-    """Measure speed on this machine; prints one JSON object on stdout."""
+    """Measure speed; prints JSON."""
 
 
 @bench.command("preprocess")
