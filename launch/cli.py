@@ -62,9 +62,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("out", type=FOLDER)
-@click.option("--train-per-class", default=100, show_default=True, type=click.IntRange(1), help="Training pictures of each class.")
-@click.option("--val-per-class", default=20, show_default=True, type=click.IntRange(1), help="Validation pictures of each class.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same archives, byte for byte.")
+@click.option("--train-per-class", default=100, show_default=True, type=click.IntRange(1),
+              help="Training pictures of each class.")
+@click.option("--val-per-class", default=20, show_default=True, type=click.IntRange(1),
+              help="Validation pictures of each class.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0),
+              help="Same seed, same archives, byte for byte.")
 def sample(out: Path, train_per_class: int, val_per_class: int, seed: int) -> None:
     """Draw a sample data set into OUT.
 
