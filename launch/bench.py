@@ -12,7 +12,7 @@ import torch
 
 from launch import facts
 from launch.errors import UserError
-from launch.world import World
+from launch.world import World, device_named
 from model.optimizer import MomentumSGD
 from model.recipe import Recipe
 from model.softmax import cross_entropy
@@ -51,7 +51,7 @@ def loader_speed(shards: Path, batch: int, batches: int, repeats: int, device: s
     images = ShardImages(shards, manifest, "train")
     plan = TrainingBatches(len(images), batch, 0, Lighting.from_covariance(np.array(manifest.rgb_covariance)))
     mean = np.load(shards / manifest.mean.name, allow_pickle=False)
-    threads = threads or facts.usable_cores()
+    device, threads = str(device_named(device)), threads or facts.usable_cores()
     rates = []
     with TrainingLoader(images, mean, plan, device, threads=threads) as loader:
         for repeat in range(repeats + 1):
@@ -85,10 +85,13 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int) -> dict:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         rates.append(recipe.batch / seconds)
-        shares.append((world.exchange.waited_s - waited if world.exchange else 0.0) / seconds)
+        if world.exchange:  # the longer wait of the two towers counts
+            mine = torch.tensor([world.exchange.waited_s - waited])
+            theirs = world.exchange.swap(mine.to(world.device), "wait").cpu()
+            shares.append(float(torch.maximum(mine, theirs)) / seconds)
     return _result("step", "images_per_s", rates[2:], recipe=recipe.name, batch=recipe.batch, processes=world.size,
-                   threads=world.threads, device=str(world.device), transport=world.transport,
-                   waiting_for_peer=_spread(shares[2:]))
+                   threads=world.threads, device=str(world.device),
+                   **({"transport": world.transport, "waiting_for_peer": _spread(shares[2:])} if shares else {}))
 
 
 def _result(part: str, unit: str, values: list[float], **settings) -> dict:

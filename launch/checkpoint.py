@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,49 +36,64 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, t
          state: dict, keep: int) -> Path:
     """Write checkpoint `folder`/step-N of this process's `tensors` (all processes call it); keep the last `keep`.
 
-    `whole` names the whole network's shapes; `state` is JSON beside the tensors.
+    `whole` names the whole network's shapes; `state` is JSON beside the tensors. Raises RunFailed in all
+    processes where it cannot be written, PeerError where the other tower dies meanwhile.
     """
     final = folder / f"step-{step:09d}"
     temporary = folder / f"{final.name}.tmp"
-    leads = not dist.is_initialized() or dist.get_rank() == 0
+
+    def prepare() -> None:
+        for unfinished in folder.glob("step-*.tmp"):  # a kill left it
+            shutil.rmtree(unfinished)
+        temporary.mkdir(parents=True)
+
+    def publish() -> None:
+        files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
+        write_durably(temporary / STATE, json.dumps({**state, "step": step, "files": files}, indent=1).encode())
+        os.replace(temporary, final)
+        sync_folder(folder)
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(old)
+
     try:
-        if leads:
-            for unfinished in folder.glob("step-*.tmp"):  # a kill left it
-                shutil.rmtree(unfinished)
-            temporary.mkdir(parents=True)
-        _barrier()
+        _on_leader(prepare)
         with _alone_without_warning():
             dcp.save(_whole_network(tensors, whole), no_dist=not dist.is_initialized(),
                      storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-        if leads:
-            files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
-            write_durably(temporary / STATE, json.dumps({**state, "step": step, "files": files}, indent=1).encode())
-            if final.exists():  # a run that went back and came here again
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            sync_folder(folder)
-            for old in steps(folder)[:-keep]:
-                shutil.rmtree(old)
-        _barrier()
+        _on_leader(publish)
     except (dcp.CheckpointException, OSError) as error:
         raise RunFailed(f"{temporary}: the checkpoint cannot be written ({_cause(error)}); mend that and go on "
                         "with --resume") from None
+    except RuntimeError as error:
+        raise _peer_lost(error) from None
     return final
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Size]) -> None:
-    """Fill `tensors` (this process's part) from `checkpoint`. UserError where it is damaged or does not fit."""
+    """Fill `tensors` (this process's part) from `checkpoint`.
+
+    Raises UserError where it is damaged or does not fit, PeerError where the other tower dies meanwhile.
+    """
     for name, digest in read_state(checkpoint)["files"].items():
         if not (checkpoint / name).is_file() or sha256_of(checkpoint / name) != digest:
             raise UserError(f"{checkpoint / name}: missing or changed since it was written; "
                             f"remove {checkpoint} to use the one before")
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    held = reader.read_metadata().state_dict_metadata
+    for name in tensors:
+        if name not in held or held[name].size != whole[name]:
+            found = list(held[name].size) if name in held else "nothing"
+            raise UserError(f"{checkpoint}: does not fit this network ({name}: {list(whole[name])} wanted, {found} "
+                            f"there); remove {checkpoint}")
     wanted = _whole_network(tensors, whole)
     try:
         with _alone_without_warning():
-            dcp.load(wanted, no_dist=not dist.is_initialized(),
-                     storage_reader=HuggingFaceStorageReader(str(checkpoint)))
-    except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{checkpoint}: does not fit this network ({_cause(error)}); remove it") from None
+            dcp.load(wanted, no_dist=not dist.is_initialized(), storage_reader=reader)
+    except dcp.CheckpointException as error:
+        raise UserError(f"{checkpoint}: cannot be read ({_cause(error)}); mend that, or remove it to use the one "
+                        "before") from None
+    except RuntimeError as error:
+        raise _peer_lost(error) from None
     for name, tensor in tensors.items():
         value = wanted[name]
         tensor.copy_(value.to_local() if isinstance(value, DTensor) else value)
@@ -87,14 +102,6 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Si
 def steps(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-
-
-def latest(folder: Path) -> Path:
-    """Return the newest checkpoint in `folder`; UserError where there is none."""
-    found = steps(folder)
-    if not found:
-        raise UserError(f"{folder}: no checkpoint there yet; train with `alexnet train` first")
-    return found[-1]
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -132,12 +139,24 @@ def _alone_without_warning() -> Iterator[None]:
         yield
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
+def _on_leader(act: Callable[[], None]) -> None:
+    """Run `act` in rank 0 while the others wait; its OSError is raised in all of them."""
+    failure: list[OSError | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            dist.barrier()
-        except RuntimeError as error:
-            raise PeerError(f"the other tower died or hangs at a checkpoint ({reason(error)})") from None
+            act()
+        except OSError as error:
+            failure[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def _peer_lost(error: RuntimeError) -> Exception:
+    if not dist.is_initialized():
+        return error
+    return PeerError(f"the other tower died or hangs at a checkpoint ({reason(error)})")
 
 
 def _cause(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import click
@@ -42,11 +44,7 @@ class _Commands(click.Group):
             return super().invoke(context)
         except (UserError, DataError, RecipeError) as error:
             raise _Failure(str(error), 2) from None
-        except (PeerError, PreprocessError) as error:
-            raise _Failure(str(error), 1) from None
-        except RunFailed as error:  # every process fails of the same; one tells it
-            if os.environ.get("RANK", "0") != "0":
-                sys.exit(1)
+        except (PeerError, PreprocessError, RunFailed) as error:
             raise _Failure(str(error), 1) from None
         except OSError as error:
             if error.filename is None:
@@ -109,11 +107,12 @@ def preprocess(source: Path, out: Path, workers: int | None) -> None:
 @click.argument("shards", type=FOLDER)
 def verify(shards: Path) -> None:
     """Prove SHARDS whole: hash and count again."""
-    from pipeline.manifest import check_files, load_manifest
+    from launch.progress import check_with_bar
+    from pipeline.manifest import load_manifest
     from pipeline.shards import ShardImages
 
     manifest, data = load_manifest(shards)
-    check_files(shards, manifest)
+    check_with_bar(shards, manifest)
     counts = ", ".join(f"{len(ShardImages(shards, manifest, split))} {split}" for split in manifest.splits)
     click.echo(f"{shards}: whole: {counts} images of {len(manifest.classes)} classes, manifest {data[:12]}")
 
@@ -156,15 +155,15 @@ def train(shards: Path, run: Path, recipe: str | None, seed: int | None, epochs:
     """
     from launch.run_folder import RunFolder
     from launch.train import Options, train
-    from launch.world import world
+    from launch.world import join_world
     from model.recipe import recipe_named
 
     chosen = recipe_named(recipe or "notes") if recipe or not resume else None
     options = Options(resume, steps, checkpoint_minutes, keep, check)
-    with world(**process) as this:
+    with join_world(**process) as world:
         folder = RunFolder(run)
-        errors = train(this, shards, folder, chosen, seed if resume else seed or 0, epochs, options)
-    if this.leads:
+        errors = train(world, shards, folder, chosen, seed if resume else seed or 0, epochs, options)
+    if world.leads:
         last = f"validation top-1 error {errors.top1:.2%}, top-5 {errors.top5:.2%}; " if errors else ""
         click.echo(f"{run}: {last}log {folder.log_path}, checkpoints {folder.checkpoints}", err=True)
 
@@ -183,11 +182,11 @@ def evaluate(run: Path, shards: Path, views: str, batch: int, as_json: bool, **p
     Of its newest checkpoint, over the validation images of SHARDS; alone or under torchrun, like train.
     """
     from launch.evaluate import evaluate_run
-    from launch.world import world
+    from launch.world import join_world
 
-    with world(**process) as this:
-        found, step = evaluate_run(this, run, shards, int(views), batch)
-    if not this.leads:
+    with join_world(**process) as world:
+        found, step = evaluate_run(world, run, shards, int(views), batch)
+    if not world.leads:
         return
     if as_json:
         click.echo(json.dumps({"run": str(run), "step": step, "views": int(views), "images": found.images,
@@ -236,27 +235,42 @@ def bench_loader(shards: Path, **settings) -> None:
 def bench_step(recipe: str, classes: int, steps: int, **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""
     from launch.bench import step_speed
-    from launch.world import world
+    from launch.world import join_world
     from model.recipe import recipe_named
 
     chosen = recipe_named(recipe)
-    with world(**process) as this:
-        found = step_speed(this, chosen, classes, steps)
-    if this.leads:
+    with join_world(**process) as world:
+        found = step_speed(world, chosen, classes, steps)
+    if world.leads:
         click.echo(json.dumps(found))
 
 
 def main() -> None:
     try:
-        cli(prog_name="alexnet")
-    except SystemExit as end:
-        distributed = sys.modules.get("torch.distributed")
-        if end.code and distributed and distributed.is_initialized():
-            # The peer may be dead or hang: RPC's and gloo's threads, which wait for it, are not to be joined.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+        code = cli.main(prog_name="alexnet", standalone_mode=False) or 0
+    except click.ClickException as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or "other tower" in error.message):
+            # Most likely rank 0 fails of the same, or the other tower failed first and has told why:
+            # torchrun ends this process while it waits, and what went wrong is told once.
+            time.sleep(5)
+        if isinstance(error, click.UsageError):
+            where = error.ctx.command_path if error.ctx else "alexnet"
+            error = _Failure(f"{error.format_message()} See `{where} --help`.", error.exit_code)
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        click.echo("alexnet: stopped", err=True)
+        code = 130
+    except Exception:  # a bug of ours
+        traceback.print_exc()
+        code = 1
+    distributed = sys.modules.get("torch.distributed")
+    if code and distributed and distributed.is_initialized():
+        # The peer may be dead or hang: RPC's and gloo's threads, which wait for it, are not to be joined.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

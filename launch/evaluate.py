@@ -53,18 +53,21 @@ def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: 
     world.await_leader()
     manifest, data = load_manifest(shards)
     if world.leads:
-        check_files(shards, manifest)
+        check_files(shards, manifest.splits["val"].files)
     folder = RunFolder(run_path)
     run = folder.read()
     newest = folder.newest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{folder.checkpoints}: no checkpoint there yet; train first")
     if [c.wnid for c in manifest.classes] != run.wnids:
         raise UserError(f"{shards}: its {len(manifest.classes)} classes are not the {len(run.wnids)} that {run_path} "
                         "was trained on; evaluate on shards of the same classes")
     images = ShardImages(shards, manifest, "val")
+    mean = folder.mean(run)
     world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "views": views, "batch": batch,
                  "code": facts.code_hash()})
     world.connect()
     network = load_network(newest, run, world)
-    batches = EvaluationLoader(images, folder.mean(), "ten" if views == 10 else "centre", batch, world.device,
+    batches = EvaluationLoader(images, mean, "ten" if views == 10 else "centre", batch, world.device,
                                run.recipe.pixel_scale, world.threads)
     return error_rates(network, batches, len(run.wnids), world), checkpoint.read_state(newest)["step"]

@@ -14,7 +14,7 @@ from launch.world import World
 from model.network import AlexNet
 from model.recipe import Recipe
 from model.tower import build, whole_shapes
-from pipeline.manifest import write_durably
+from pipeline.manifest import sha256_of, write_durably
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class Run:
     seed: int
     wnids: list[str]  # the classes, by label
     data: str  # SHA-256 of the manifest of the shards
+    mean: str  # SHA-256 of mean.npy
 
     def to_dict(self) -> dict:
-        return {"recipe": self.recipe.to_dict(), "seed": self.seed, "wnids": self.wnids, "data": self.data}
+        return {"recipe": self.recipe.to_dict(), "seed": self.seed, "wnids": self.wnids, "data": self.data,
+                "mean": self.mean}
 
 
 class RunFolder:
@@ -39,15 +41,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def check_new(self) -> None:
-        """UserError where the folder holds anything already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """UserError where the folder holds anything already, but for what a kill during `create` left."""
+        left = {"mean.npy", "mean.npy.tmp", "run.json.tmp"}
+        if self.path.exists() and (not self.path.is_dir() or {path.name for path in self.path.iterdir()} - left):
             raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
 
-    def create(self, run: Run, mean: np.ndarray) -> None:
-        """Begin a run here."""
+    def create(self, run: Run, mean: bytes) -> None:
+        """Begin a run here, with the bytes of the shards' mean.npy."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "mean.npy", "wb") as file:
-            np.save(file, mean)
+        write_durably(self.path / "mean.npy", mean)
         write_durably(self.path / "run.json", (json.dumps(run.to_dict(), indent=1) + "\n").encode())
 
     def read(self) -> Run:
@@ -55,15 +57,19 @@ class RunFolder:
         path = self.path / "run.json"
         try:
             fields = json.loads(path.read_bytes())
-            return Run(Recipe.from_dict(fields["recipe"]), int(fields["seed"]), list(fields["wnids"]), fields["data"])
+            return Run(Recipe.from_dict(fields["recipe"]), int(fields["seed"]), list(fields["wnids"]), fields["data"],
+                       fields["mean"])
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run there (no run.json); start one with `alexnet train`") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); restore it or train anew") from None
 
-    def newest_checkpoint(self, run: Run) -> Path:
-        """Return the newest checkpoint. UserError where there is none, or it is another run's."""
-        newest = checkpoint.latest(self.checkpoints)
+    def newest_checkpoint(self, run: Run) -> Path | None:
+        """Return the newest checkpoint, None where there is none yet. UserError where it is another run's."""
+        found = checkpoint.steps(self.checkpoints)
+        if not found:
+            return None
+        newest = found[-1]
         state = checkpoint.read_state(newest)
         differing = [key for key, value in run.to_dict().items() if state.get(key) != json.loads(json.dumps(value))]
         if differing:
@@ -71,12 +77,12 @@ class RunFolder:
                             f"{self.path / 'run.json'}); remove it, or restore run.json")
         return newest
 
-    def mean(self) -> np.ndarray:
-        """Return the training set's mean image, float32 [256, 256, 3]."""
-        try:
-            return np.load(self.path / "mean.npy", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'mean.npy'}: cannot be read ({error}); copy it from the shards") from None
+    def mean(self, run: Run) -> np.ndarray:
+        """Return the training set's mean image, float32 [256, 256, 3]. UserError where it has changed."""
+        path = self.path / "mean.npy"
+        if not path.is_file() or sha256_of(path) != run.mean:
+            raise UserError(f"{path}: missing or changed since the training; copy it from the shards")
+        return np.load(path, allow_pickle=False)
 
 
 def load_network(newest: Path, run: Run, world: World) -> AlexNet:

@@ -7,8 +7,10 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from launch.errors import RunFailed
 from model.exchange import Exchange
 from pipeline.loader import TrainingLoader
 
@@ -17,7 +19,7 @@ class RunLog:
     """Appends records to `path`. Only rank 0 holds one; `RunLog(None)` keeps nothing."""
 
     def __init__(self, path: Path | None):
-        self._file = open(path, "a+b") if path else None
+        self._file = open(path, "a+b", buffering=0) if path else None
         if self._file and self._file.tell():
             self._file.seek(-1, os.SEEK_END)
             if self._file.read() != b"\n":  # a kill cut the last line short: what follows is not to be lost with it
@@ -26,8 +28,11 @@ class RunLog:
     def write(self, event: str, **fields) -> None:
         if self._file:
             record = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(record).encode() + b"\n")
+            except OSError as error:
+                raise RunFailed(f"{self._file.name}: the log cannot be written ({error.strerror}); mend that and go "
+                                "on with --resume") from None
 
     def __enter__(self) -> RunLog:
         return self
@@ -42,7 +47,8 @@ class Interval:
 
     def __init__(self, loader: TrainingLoader, exchange: Exchange | None):
         self.loader, self.exchange = loader, exchange
-        self.steps, self.images, self.loss, self.right = 0, 0, 0.0, 0
+        self.steps, self.images, self.loss, self.right = 0, 0, torch.zeros(()), 0
+        self.peer_waited_s = 0.0  # how long the other tower waited for this one
         self.began, self.waits_before = time.perf_counter(), self._waits()
 
     def add(self, loss: Tensor, right: Tensor, images: int) -> None:
@@ -52,19 +58,25 @@ class Interval:
         self.right = self.right + right
 
     def figures(self) -> dict:
-        """Return the log's figures: means over the images, shares (0-1) of the time. Sets `seconds`."""
+        """Return the log's figures: means over the images, shares (0-1) of the time. Sets `seconds`.
+
+        Of the two towers' waits for each other it is the longer one that counts.
+        """
         loss, right = float(self.loss) / self.steps, int(self.right)
         self.seconds = time.perf_counter() - self.began
-        data, peer = (now - before for now, before in zip(self._waits(), self.waits_before))
+        data, peer = self._waits()[0] - self.waits_before[0], max(self.waited_for_peer_s(), self.peer_waited_s)
         return {"loss": loss, "train_top1_error": 1 - right / self.images, "images_per_s": self.images / self.seconds,
                 "waiting_for_data": data / self.seconds, "waiting_for_peer": peer / self.seconds}
+
+    def waited_for_peer_s(self) -> float:
+        return self._waits()[1] - self.waits_before[1]
 
     def _waits(self) -> tuple[float, float]:
         return self.loader.wait_s, self.exchange.waited_s if self.exchange else 0.0
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the records. A last line cut short by a kill is left out."""
+    """Return the records; lines that a kill cut short are left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from launch import checkpoint, facts
 from launch.errors import RunFailed, UserError
 from launch.evaluate import Errors, error_rates
+from launch.progress import check_with_bar
 from launch.run_folder import Run, RunFolder
 from launch.runlog import Interval, RunLog
 from launch.world import World
@@ -27,7 +27,7 @@ from model.softmax import cross_entropy
 from model.tower import build, whole_shapes
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import EvaluationLoader, TrainingLoader
-from pipeline.manifest import Manifest, check_files, load_manifest
+from pipeline.manifest import Manifest, load_manifest
 from pipeline.shards import ShardImages
 
 CONTROL_STEPS = 10  # how often the towers compare batches, look at the loss and may write a checkpoint
@@ -54,24 +54,27 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
     world.await_leader()
     manifest, data = load_manifest(shards)
     if world.leads:
-        check_files(shards, manifest, options.check_hashes)
-    mean = np.load(shards / manifest.mean.name, allow_pickle=False)
+        check_with_bar(shards, manifest, options.check_hashes)
     if options.resume:
         run = _resumed(folder, recipe, seed, epochs, data)
         newest = folder.newest_checkpoint(run)
     else:
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-        run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data), None
+        run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data, manifest.mean.sha256), None
         if world.leads:
             folder.check_new()
-    trainer = Trainer(world, shards, manifest, mean, run, folder, options)
+    trainer = Trainer(world, shards, manifest, run, folder, options)
     world.agree({"recipe": run.recipe.to_dict(), "seed": run.seed, "data": data, "code": facts.code_hash(),
                  "torch": torch.__version__, "transport": world.transport, "stop_after": options.stop_after,
                  "start": newest.name if newest else None})
     world.connect()
     if world.leads and not options.resume:
-        folder.create(run, mean)
-    return trainer.run(newest)
+        folder.create(run, (shards / manifest.mean.name).read_bytes())
+    try:
+        return trainer.run(newest)
+    except torch.OutOfMemoryError:
+        raise RunFailed(f"{world.device}: out of memory with recipe {run.recipe.name} and a batch of "
+                        f"{run.recipe.batch}; free the device or use a larger one") from None
 
 
 def _resumed(folder: RunFolder, recipe: Recipe | None, seed: int | None, epochs: int | None, data: str) -> Run:
@@ -91,10 +94,11 @@ def _resumed(folder: RunFolder, recipe: Recipe | None, seed: int | None, epochs:
 class Trainer:
     """One process's part of a run: its network, its data, its log."""
 
-    def __init__(self, world: World, shards: Path, manifest: Manifest, mean: np.ndarray, run: Run,
-                 folder: RunFolder, options: Options):
+    def __init__(self, world: World, shards: Path, manifest: Manifest, run: Run, folder: RunFolder,
+                 options: Options):
         self.world, self.identity, self.folder, self.options = world, run, folder, options
-        self.recipe, self.mean = run.recipe, mean
+        self.recipe = run.recipe
+        self.mean = np.load(shards / manifest.mean.name, allow_pickle=False)
         self.classes = len(manifest.classes)
         self.training, self.validation = (ShardImages(shards, manifest, split) for split in ("train", "val"))
         lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), self.recipe.colour_std)
@@ -128,10 +132,10 @@ class Trainer:
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 if not (self.step % CONTROL_STEPS == 1 or ends_epoch or self.step == stop):
                     continue
-                self._log_interval(interval, bar)
                 due = ends_epoch or self.step == stop or (
                     time.monotonic() - saved_at > 60 * self.options.checkpoint_minutes)
-                due = self._control(pixels, labels, due)
+                due = self._control(pixels, labels, due, interval)
+                self._log_interval(interval, bar)
                 if ends_epoch:
                     errors = self._validate()
                 if due:
@@ -172,28 +176,27 @@ class Trainer:
         self.optimizer.step()
         return loss.detach(), right
 
-    def _control(self, pixels: Tensor, labels: Tensor, due: bool) -> bool:
+    def _control(self, pixels: Tensor, labels: Tensor, due: bool, interval: Interval) -> bool:
         """Compare notes with the other tower: the batch, the health, and whether either wants a checkpoint."""
-        sound = all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
-        notes = torch.tensor([*_checksums(pixels, labels), due, not sound])
+        sound = all(bool(torch.isfinite(tensor).all()) for tensor in (*self.tensors.values(), interval.loss))
+        notes = torch.tensor([*checksums(pixels, labels), due, not sound, int(1e6 * interval.waited_for_peer_s())])
         if self.world.exchange is not None:
             theirs = self.world.exchange.swap(notes.to(self.world.device), "notes on the step").cpu()
             if not torch.equal(notes[:2], theirs[:2]):
                 self._fail("the two towers were given different images; do both hosts read the same shards with "
                            "the same decoder?")
             notes = torch.maximum(notes, theirs)
+            interval.peer_waited_s = float(theirs[4]) / 1e6
         if notes[3]:
-            self._fail(f"weights are no longer finite; {self._advice()}")
+            self._fail(f"the loss (now {float(interval.loss) / interval.steps:.4g}) or the weights are not finite; the "
+                       f"last good checkpoint is in {self.folder.checkpoints}; lower the learning rate or look at the "
+                       "data")
         return bool(notes[2])
 
     def _fail(self, reason: str) -> NoReturn:
         """End the run; called by both towers alike."""
         self.log.write("failed", step=self.step, reason=reason)
         raise RunFailed(f"step {self.step}: {reason}")
-
-    def _advice(self) -> str:
-        return (f"the last good checkpoint is in {self.folder.checkpoints}; "
-                "lower the learning rate or look at the data")
 
     def _validate(self) -> Errors:
         began = time.perf_counter()
@@ -226,14 +229,12 @@ class Trainer:
         figures = interval.figures()
         self.trained_s += interval.seconds
         self.last_loss = figures["loss"]
-        if not math.isfinite(self.last_loss):
-            self._fail(f"the loss is {self.last_loss}; {self._advice()}")
         self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch,
                        rate=self.optimizer.param_groups[0]["lr"], **figures)
         bar.set_postfix_str(f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s")
 
 
-def _checksums(pixels: Tensor, labels: Tensor) -> tuple[int, int]:
+def checksums(pixels: Tensor, labels: Tensor) -> tuple[int, int]:
     """Return two numbers that depend on every label, every pixel's bits and their order in the batch."""
     place = torch.arange(1, len(labels) + 1, device=labels.device)
     bits = pixels.movedim(1, -1).flatten(1).view(torch.int32)

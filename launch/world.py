@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,8 +62,6 @@ class World:
         theirs = json.loads(_get(self.store, f"facts/{1 - self.rank}"))
         differing = [f"{key} ({mine.get(key)} in tower {self.rank}, {theirs.get(key)} in the other)"
                      for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-        if differing and not self.leads:
-            raise SystemExit(2)  # rank 0 tells it
         if differing:
             raise UserError(f"the two towers were started differently: {'; '.join(differing)}")
 
@@ -112,21 +111,21 @@ def _local_size() -> int:
 
 
 @contextmanager
-def world(device: str | None, transport: str, timeout_s: float, threads: int | None) -> Iterator[World]:
+def join_world(device: str | None, transport: str, timeout_s: float, threads: int | None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
     UserError for more than two processes, or a device or transport that is not to be had here.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 2 and rank:
-        raise SystemExit(2)  # rank 0 tells it
     if size > 2:
         raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_torchrun()
-    chosen = _device(device)
+    chosen = device_named(device)
     if chosen.type == "cuda" and transport == "gloo" or chosen.type == "cpu" and transport == "nccl":
         raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
+    if transport == "nccl" and torch.cuda.device_count() < _local_size():
+        raise UserError("--transport nccl needs a GPU for each process: use rpc")
     threads = threads or max(1, usable_cores() // _local_size())
     torch.set_num_threads(threads)
     this = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size))
@@ -144,7 +143,10 @@ def _die_with_torchrun() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """Return this process's device, for --device's "cpu", "cuda", "cuda:N" or None; UserError for others."""
+    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: there is cpu, cuda, and cuda:0, cuda:1, ...")
     if name == "cpu" or name is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -164,6 +166,8 @@ def _store(rank: int, size: int) -> dist.Store | None:
     if _local_size() == size:  # one host: nobody else is to reach these ports
         os.environ.setdefault("TP_SOCKET_IFNAME", "lo")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(sorted(missing))} are not set: start with torchrun")
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size,
                           is_master=rank == 0 and not served_by_agent)

@@ -14,7 +14,9 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 class Recipe:
     """One way to train AlexNet. Checked on construction; RecipeError says what does not fit.
 
-    Defaults are the `notes`: Krizhevsky, Sutskever and Hinton (2012) as the project's brief tells it.
+    Defaults are those of `notes`, a set of notes on Krizhevsky, Sutskever and Hinton (2012). They follow the paper but
+    for the biases: conv3's are 1 and conv4's 0, where the paper has it the other way round, and fc8's are 1 too,
+    which changes nothing.
     """
 
     name: str = "notes"
@@ -29,7 +31,7 @@ class Recipe:
     dropout: float = 0.5  # chance to drop an output of fc6, fc7; at test outputs are times 1 - dropout
     pixel_scale: float = 1.0  # the network sees (pixel 0-255 - mean + colour shift) * pixel_scale
     colour_std: float = 0.1  # of alpha in section 4.1's p_i alpha_i lambda_i, lambda of pixels in 0-1
-    batch: int = 128  # images a step, over all replicas
+    batch: int = 128  # images a step
     epochs: int = 90  # at most
     learning_rate: float = 0.01  # the first (Plateau) or the highest (OneCycle)
     momentum: float = 0.9

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,9 +107,14 @@ def _shard_file(fields: dict) -> ShardFile:
     return file
 
 
-def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
-    """Raise DataError naming the first file that is missing or whose size (or SHA-256) has changed."""
-    for file in manifest.files():
+def check_files(
+    folder: Path, files: Iterable[ShardFile], hashes: bool = True, progress: Callable[[int], object] | None = None
+) -> None:
+    """Raise DataError naming the first file that is missing or whose size (or SHA-256) has changed.
+
+    `progress` is told the bytes of each file when it has been found good.
+    """
+    for file in files:
         path = Path(folder) / file.name
         try:
             size = path.stat().st_size
@@ -118,6 +124,8 @@ def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
         if changed:
             raise DataError(f"{path}: its bytes have changed since the manifest was written; "
                             "restore it or preprocess again")
+        if progress is not None:
+            progress(file.bytes)
 
 
 def sha256_of(path: Path) -> str:

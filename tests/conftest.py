@@ -1,4 +1,4 @@
-"""Shared by all tests: `torchrun` starts a worker script in several processes, with a time-out and free ports."""
+"""Shared by all tests: `torchrun` starts a program in several processes, with a time-out and free ports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKERS = ROOT / "tests" / "workers"
+PROGRAMS = ROOT / "tests" / "programs"
 
 
 def pytest_collection_modifyitems(items):
@@ -26,14 +26,14 @@ def pytest_collection_modifyitems(items):
 def torchrun():
     """Run `torchrun --nproc-per-node processes program...` and return the finished process, output as text.
 
-    `program` is a script of tests/workers or "-m", module. A run longer than `timeout_s` fails the test.
+    `program` is a script of tests/programs or "-m", module. A run longer than `timeout_s` fails the test.
     """
 
     def run(processes: int, *program: str, timeout_s: float = 120, check: bool = True):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={processes}", *map(str, program)]
         if program[0] != "-m":
-            command[-len(program)] = str(WORKERS / program[0])
+            command[-len(program)] = str(PROGRAMS / program[0])
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
         if check:

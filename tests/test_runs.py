@@ -25,7 +25,7 @@ from launch.errors import RunFailed
 from launch.run_folder import RunFolder
 from launch.runlog import read_log
 from launch.train import CONTROL_STEPS, Options, train
-from launch.world import world
+from launch.world import join_world
 from model.recipe import TINY
 
 STEPS = 25  # of 2 epochs of 15: the resumed part crosses the end of an epoch
@@ -166,9 +166,9 @@ def test_only_the_newest_checkpoints_are_kept(finished):
 def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path):
     folder = RunFolder(tmp_path / "run")
     wild = replace(TINY, learning_rate=1e12, epochs=1)
-    told = "step .*(loss is (nan|inf)|no longer finite).*last good checkpoint"
-    with world("cpu", "rpc", 60, 1) as this, pytest.raises(RunFailed, match=told):
-        train(this, shards, folder, wild, 0, None, Options(checkpoint_minutes=0))
+    told = "step .*the loss .now (nan|inf|[0-9.e+]+). or the weights are not finite; the last good checkpoint"
+    with join_world("cpu", "rpc", 60, 1) as world, pytest.raises(RunFailed, match=told):
+        train(world, shards, folder, wild, 0, None, Options(checkpoint_minutes=0))
     assert read_log(folder.log_path)[-1]["event"] == "failed"
     for path in folder.checkpoints.glob("step-*"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", int(path.name[5:])).values())
@@ -228,6 +228,7 @@ def test_folder_of_another_run_is_left_alone(shards, finished):
 
 def test_resuming_nothing(shards, tmp_path):
     fails_with("no run there", "train", shards, tmp_path / "none", "--resume")
+    fails_with("no run there", "evaluate", tmp_path / "none", shards)
 
 
 def test_damaged_checkpoint(shards, finished, tmp_path):
@@ -245,12 +246,27 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
     fails_with("step-000000025: a checkpoint of another run .recipe differ from", "evaluate", run, shards)
 
 
-def test_one_process_too_many(shards, tmp_path):
-    towers = Towers(shards, tmp_path / "run", processes=3)
+@pytest.mark.parametrize("processes, options, told", [
+    (3, [], "alexnet: 3 processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)"),
+    (2, ["--recipe", "big"], "alexnet: no recipe named 'big'; there are notes, tiny"),
+    (2, ["--device", "gpu"], "alexnet: --device gpu: there is cpu, cuda, and cuda:0, cuda:1, ..."),
+    (2, ["--sped", "1"], "alexnet: No such option '--sped'. (Possible options: --seed, --steps) "
+                         "See `alexnet train --help`."),
+])  # fmt: skip
+def test_a_mistake_is_told_once_by_all_processes(shards, tmp_path, processes, options, told):
+    towers = Towers(shards, tmp_path / "run", *options, processes=processes)
     output = towers.output()
     assert towers.process.returncode == 2
-    assert output.strip() == "alexnet: 3 processes: the network has two towers, so start 1 or 2 " \
-                             "(torchrun --nproc-per-node)"
+    assert output.strip() == told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(shards, finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    fails_with("no checkpoint there yet", "evaluate", run, shards)
+    Towers(shards, run, "--resume").check()
+    assert_same(weights(finished), weights(run))
 
 
 # Two processes started by hand, for what torchrun itself would hide.
@@ -305,10 +321,16 @@ def test_a_peer_that_hangs_ends_the_other_within_the_time_out(by_hand, tmp_path)
     assert re.fullmatch(r"alexnet: the other tower sent nothing for 5 s .*\n", output), output
 
 
+def test_towers_that_see_different_images_stop(torchrun, shards, tmp_path):
+    done = torchrun(2, "other_images.py", "train", shards, tmp_path / "run", "--recipe", "tiny", check=False)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("alexnet: ")]
+    assert len(told) == 1 and told[0].startswith("alexnet: step 1: the two towers were given different images")
+
+
 def test_towers_started_differently_are_told_apart(by_hand, tmp_path):
     towers = [by_hand(rank, "--seed", rank) for rank in (0, 1)]
     outputs = [tower.communicate(timeout=60)[0] for tower in towers]
     assert [tower.returncode for tower in towers] == [2, 2]
     assert outputs[0] == "alexnet: the two towers were started differently: seed (0 in tower 0, 1 in the other)\n"
-    assert outputs[1] == ""
     assert not (tmp_path / "run").exists()

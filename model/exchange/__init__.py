@@ -28,7 +28,9 @@ class Exchange(ABC):
 
     def __init__(self, tower: int):
         self.tower = tower
-        self.waited_s = 0.0  # time spent with nothing to do but wait for the peer
+        # Time in which the host had nothing to do but wait for the peer. (On a GPU the arithmetic that is
+        # queued there goes on meanwhile.)
+        self.waited_s = 0.0
 
     @abstractmethod
     def begin(self, x: Tensor, name: str) -> Pending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import torch
@@ -37,9 +38,18 @@ class _Transfer:
             raise self._lost(error) from None
 
     def wait(self) -> Tensor:
+        limit_s = self.exchange._timeout_s
         try:
+            deadline = time.monotonic() + limit_s
+            while self.wire.is_cuda and not all(work.is_completed() for work in self.works):
+                # NCCL's own wait returns at once and leaves a dead peer to a watchdog that aborts the process.
+                if time.monotonic() > deadline:
+                    raise PeerError(f"the other tower sent nothing for {limit_s:g} s (waiting for {self.name})")
+                time.sleep(20e-6)
             for work in self.works:
-                work.wait(timedelta(seconds=self.exchange._timeout_s))
+                work.wait(timedelta(seconds=limit_s))
+        except PeerError:
+            raise
         except RuntimeError as error:
             raise self._lost(error) from None
         return from_wire(self.received)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import warnings
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -65,9 +66,12 @@ class RpcExchange(Exchange):
         names = "tower0", "tower1"
         self._peer = names[1 - tower]
         options = _options(timeout_s, idle_cores)
-        if device.type == "cuda" and not staged:
-            options.set_device_map(self._peer, {device: torch.device(_peer_device(store, tower, device))})
+        # init_rpc itself would wait 24 days for a peer that stopped just before it.
+        rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=timeout_s)
         try:
+            peer_device = _peer_device(store, tower, device, timeout_s)
+            if device.type == "cuda" and not staged:
+                options.set_device_map(self._peer, {device: peer_device})
             with warnings.catch_warnings():  # of torch about its own call (pytorch issue 149393)
                 warnings.filterwarnings("ignore", "You are using a Backend", UserWarning)
                 rpc.init_rpc(names[tower], rank=tower, world_size=2, rpc_backend_options=options)
@@ -110,10 +114,11 @@ class _Message:
         return from_wire(wire.to(exchange._device) if exchange._staged else wire)
 
 
-def _peer_device(store: Store, tower: int, device: torch.device) -> str:
+def _peer_device(store: Store, tower: int, device: torch.device, timeout_s: float) -> torch.device:
     """Tell the peer this tower's device and return the peer's."""
     store.set(f"device/{tower}", str(device))
-    return store.get(f"device/{1 - tower}").decode()
+    store.wait([f"device/{1 - tower}"], timedelta(seconds=timeout_s))
+    return torch.device(store.get(f"device/{1 - tower}").decode())
 
 
 def _options(timeout_s: float, idle_cores: bool) -> rpc.TensorPipeRpcBackendOptions:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from launch.world import world
+from launch.world import join_world
 from model.optimizer import MomentumSGD
 from model.recipe import recipe_named
 from model.softmax import cross_entropy
@@ -21,43 +21,45 @@ STEPS = 3
 
 def largest_difference(part: torch.Tensor, whole: torch.Tensor) -> float:
     part, whole = part.detach(), whole.detach()
-    return float((part - whole).abs().max() / whole.abs().max().clamp_min(1e-300))
+    assert torch.isfinite(part).all() and torch.isfinite(whole).all() and whole.abs().max() > 0
+    return float((part - whole).abs().max() / whole.abs().max())
 
 
 def main(recipe, dropout, dtype, classes, batch, transport, device):
     recipe, dtype, classes = replace(recipe_named(recipe), dropout=float(dropout)), getattr(torch, dtype), int(classes)
     torch.backends.cudnn.allow_tf32 = False
-    with world(device, transport, timeout_s=60, threads=1) as this:
-        this.connect()
-        differences = {"loss": 0.0, "gradient": 0.0, "weight": 0.0}
-        whole = build(recipe, classes, 0).to(this.device, dtype)
-        tower = build(recipe, classes, 0, this.exchange).to(this.device, dtype)
+    with join_world(device, transport, timeout_s=60, threads=1) as world:
+        world.connect()
+        differences = {"loss": [], "gradient": [], "weight": []}
+        whole = build(recipe, classes, 0).to(world.device, dtype)
+        tower = build(recipe, classes, 0, world.exchange).to(world.device, dtype)
         optimizers = [MomentumSGD(network.parameters(), 0.01) for network in (whole, tower)]
         random = torch.Generator().manual_seed(5)
         parameters = sum(p.numel() for p in whole.parameters()), sum(p.numel() for p in tower.parameters())
         for step in range(STEPS):
-            images = (torch.randn(int(batch), 3, 224, 224, generator=random) * 64).to(this.device, dtype)
+            images = (torch.randn(int(batch), 3, 224, 224, generator=random) * 64).to(world.device, dtype)
             images = images.to(memory_format=torch.channels_last) * recipe.pixel_scale
-            labels = torch.randint(classes, (int(batch),), generator=random).to(this.device)
+            labels = torch.randint(classes, (int(batch),), generator=random).to(world.device)
             for optimizer in optimizers:
                 optimizer.zero_grad()
                 optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
             loss, right = cross_entropy(whole(images, step), labels)
             loss.backward()
-            tower_loss, tower_right = cross_entropy(tower(images, step), labels, this.first_class(classes),
-                                                    this.exchange)
+            tower_loss, tower_right = cross_entropy(tower(images, step), labels, world.first_class(classes),
+                                                    world.exchange)
             tower_loss.backward()
             assert int(right) == int(tower_right)
-            differences["loss"] = max(differences["loss"], largest_difference(tower_loss, loss))
+            differences["loss"].append(largest_difference(tower_loss, loss))
             for (_, part), (_, all_rows) in zip(tower.named_parameters(), whole.named_parameters()):
-                rows = all_rows.grad.chunk(2)[this.rank]
-                differences["gradient"] = max(differences["gradient"], largest_difference(part.grad, rows))
+                rows = all_rows.grad.chunk(2)[world.rank]
+                differences["gradient"].append(largest_difference(part.grad, rows))
             for optimizer in optimizers:
                 optimizer.step()
         for part, all_rows in zip(tower.parameters(), whole.parameters()):
-            rows = all_rows.chunk(2)[this.rank]
-            differences["weight"] = max(differences["weight"], largest_difference(part, rows))
-    sys.stdout.write(json.dumps({"rank": this.rank, "parameters": parameters, **differences}) + "\n")
+            rows = all_rows.chunk(2)[world.rank]
+            differences["weight"].append(largest_difference(part, rows))
+    differences = {what: max(values) for what, values in differences.items()}
+    sys.stdout.write(json.dumps({"rank": world.rank, "parameters": parameters, **differences}) + "\n")
 
 
 main(*sys.argv[1:])

@@ -1,0 +1,42 @@
+"""Checkpoints are of the whole network: what two processes write one reads, and the other way round."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launch import checkpoint
+from launch.errors import UserError
+from model.recipe import NOTES, TINY
+from model.tower import build, whole_shapes
+
+SHAPES = whole_shapes(TINY, 7)  # an odd number of classes: tower 0 holds 4 of them, tower 1 three
+
+
+def network(seed: int) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in build(TINY, 7, seed).named_parameters()}
+
+
+def test_two_processes_save_and_one_loads(torchrun, tmp_path):
+    torchrun(2, "odd_checkpoint.py", "save", tmp_path)
+    found, expected = network(seed=0), network(seed=1)
+    checkpoint.load(tmp_path / "step-000000005", found, SHAPES)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_one_process_saves_and_two_load(torchrun, tmp_path):
+    checkpoint.save(tmp_path, 5, network(seed=1), SHAPES, {}, keep=1)
+    torchrun(2, "odd_checkpoint.py", "load", tmp_path)
+
+
+def test_another_network_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, 5, network(seed=1), SHAPES, {}, keep=1)
+    with pytest.raises(UserError, match=r"does not fit this network .conv1.weight: \[96, 3, 11, 11\] wanted, \[24, 3"):
+        checkpoint.load(path, dict(network(seed=0)), whole_shapes(NOTES, 7))
+
+
+def test_an_unfinished_checkpoint_is_never_found_and_cleared_away(tmp_path):
+    (tmp_path / "step-000000004.tmp").mkdir()
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.save(tmp_path, 5, network(seed=1), SHAPES, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000005"]

@@ -1,0 +1,78 @@
+"""What the processes of a run must agree on, and where they are."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.errors import UserError
+from launch.train import checksums
+from launch.world import World, device_named, join_world
+from model.recipe import NOTES
+
+
+def agree(facts0: dict, facts1: dict) -> list[str | None]:
+    """Return what each of two towers is told."""
+    store, told = dist.HashStore(), [None, None]
+
+    def tower(rank: int, facts: dict) -> None:
+        try:
+            World(rank, 2, torch.device("cpu"), 1, 5, "rpc", store).agree(facts)
+        except UserError as error:
+            told[rank] = str(error)
+
+    threads = [threading.Thread(target=tower, args=item) for item in enumerate((facts0, facts1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return told
+
+
+FACTS = {"recipe": NOTES.to_dict(), "seed": 0, "data": "ab12", "code": "cd34"}
+
+
+def test_equal_facts_pass():
+    assert agree(FACTS, dict(FACTS)) == [None, None]
+
+
+@pytest.mark.parametrize("changed, named", [
+    ({"seed": 1}, "seed (0 in tower 0, 1 in the other)"),
+    ({"data": "ffff"}, 'data ("ab12" in tower 0, "ffff" in the other)'),
+    ({"code": "ffff"}, 'code ("cd34" in tower 0, "ffff" in the other)'),
+    ({"recipe": {**NOTES.to_dict(), "learning_rate": 0.1}}, "recipe.learning_rate (0.01 in tower 0, 0.1 in the other)"),
+])  # fmt: skip
+def test_a_difference_is_named_alone(changed, named):
+    told = agree(FACTS, {**FACTS, **changed})
+    assert told[0] == f"the two towers were started differently: {named}"
+    assert told[1]
+
+
+def test_checksums_see_every_label_every_pixel_and_the_order():
+    pixels = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    labels = torch.tensor([3, 1, 4, 1])
+    reference = checksums(pixels, labels)
+    assert checksums(pixels.clone(), labels.clone()) == reference
+    assert checksums(pixels.flip(0), labels)[1] != reference[1]
+    assert checksums(pixels, labels.flip(0))[0] != reference[0]
+    one_bit = pixels.clone()
+    one_bit.view(torch.int32)[2, 1, 3, 5] ^= 1
+    assert checksums(one_bit, labels)[1] != reference[1]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", "cuda:", "cuda:99"])
+def test_devices_that_are_none(name):
+    with pytest.raises(UserError, match=f"--device {name}: "):
+        device_named(name)
+
+
+def test_two_processes_without_torchrun(monkeypatch):
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT are not set"), join_world("cpu", "rpc", 5, 1):
+        pass
