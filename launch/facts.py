@@ -25,13 +25,16 @@ def code_hash() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout, with "+" where files differ from it; None outside of one."""
+    """Return the commit of the checkout, with "+" where files differ from it.
+
+    Where there is no checkout, as in a container, the variable ALEXNET_COMMIT names it; else None.
+    """
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
     try:
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("ALEXNET_COMMIT") or None
 
 
 def versions() -> dict[str, str | None]:

@@ -247,17 +247,16 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
 
 
 @pytest.mark.parametrize("processes, options, told", [
-    (3, [], "alexnet: 3 processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)"),
-    (2, ["--recipe", "big"], "alexnet: no recipe named 'big'; there are notes, tiny"),
-    (2, ["--device", "gpu"], "alexnet: --device gpu: there is cpu, cuda, and cuda:0, cuda:1, ..."),
-    (2, ["--sped", "1"], "alexnet: No such option '--sped'. (Possible options: --seed, --steps) "
-                         "See `alexnet train --help`."),
+    (3, [], r"3 processes: the network has two towers, so start 1 or 2 \(torchrun --nproc-per-node\)"),
+    (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, tiny"),
+    (2, ["--device", "gpu"], "--device gpu: there is cpu, cuda, and cuda:0, cuda:1, ..."),
+    (2, ["--nonsense", "1"], "No such option:? '?--nonsense'?. See `alexnet train --help`."),
 ])  # fmt: skip
 def test_a_mistake_is_told_once_by_all_processes(shards, tmp_path, processes, options, told):
     towers = Towers(shards, tmp_path / "run", *options, processes=processes)
     output = towers.output()
     assert towers.process.returncode == 2
-    assert output.strip() == told
+    assert re.fullmatch(f"alexnet: {told}\n", output), output
     assert not (tmp_path / "run").exists()
 
 
