@@ -133,7 +133,7 @@ def test_devkit_of_one_class(tmp_path):
     assert kit.validation_labels == [0, 0] and kit.train_images == 2
 
 
-@pytest.mark.skipif(not (DATA / "ilsvrc-meta").is_dir(), reason="ALEXNET_TEST_DATA names no folder with the published lists")
+@pytest.mark.skipif(not (DATA / "ilsvrc-meta").is_dir(), reason="ALEXNET_TEST_DATA names no such folder")
 def test_published_numbering_gives_the_published_answers(tmp_path):
     lists = DATA / "ilsvrc-meta"
     words = dict(line.split(" ", 1) for line in (lists / "synset_words.txt").read_text().splitlines())
