@@ -8,11 +8,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.errors import PeerError
 from model.exchange.local import local_pair
 from model.exchange.mailbox import Mailbox
 from model.softmax import cross_entropy, probabilities, rank_of_label
+from model.tower import JoinedConv2d, JoinedLinear
 
 
 def on_two_threads(work):
@@ -66,6 +68,43 @@ def test_exchange_gradient():
 
     inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in (0, 1)]
     assert torch.autograd.gradcheck(as_one_function(tower), inputs)
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the matrix products and convolutions of its thread, and what its exchange sends and waits for."""
+
+    def __init__(self, exchange):
+        super().__init__()
+        self.events, begin, wait = [], exchange.begin, exchange._wait
+        exchange.begin = lambda x, name: self.events.append(f"send {name}") or begin(x, name)
+        exchange._wait = lambda pending: self.events.append("wait") or wait(pending)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket.__name__ in ("addmm", "mm", "convolution", "convolution_backward"):
+            self.events.append("product")
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("layer, shape, backward_products", [
+    (lambda exchange: JoinedLinear(12, 4, exchange, "layer"), (2, 6), 2),  # gradients of input and of weight
+    (lambda exchange: JoinedConv2d(6, 4, 3, 1, exchange, "layer"), (2, 3, 5, 5), 1),  # both in one operation
+])  # fmt: skip
+def test_transfers_are_hidden_behind_products(layer, shape, backward_products):
+    """The own half is computed while the peer's is on its way, forward and backward."""
+    exchanges, events = local_pair(), [None, None]
+
+    def tower(t):
+        joined, x = layer(exchanges[t]), torch.randn(shape, requires_grad=True)
+        with Recorder(exchanges[t]) as recorder:
+            joined(x).sum().backward()
+        events[t] = recorder.events
+
+    on_two_threads(tower)
+    peer_half, own_half = (["product"] * backward_products for _ in (0, 1))
+    assert events[0] == events[1] == [
+        "send layer", "product", "wait", "product",
+        *peer_half, "send gradient of layer", *own_half, "wait",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("classes", [7, 10])
