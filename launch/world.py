@@ -51,7 +51,7 @@ class World:
         return (classes + 1) // 2 if self.rank else 0
 
     def agree(self, facts: dict) -> None:
-        """Compare `facts` with the other tower's; UserError names those that differ.
+        """Compare `facts` with the other tower's; UserError names those that differ, PeerError if it is silent.
 
         Rank 0 speaks first, so call `await_leader` before looking at input that rank 0 looks at too.
         """
@@ -59,7 +59,7 @@ class World:
             return
         mine = _flat(facts)
         self.store.set(f"facts/{self.rank}", json.dumps(mine))
-        theirs = json.loads(_get(self.store, f"facts/{1 - self.rank}"))
+        theirs = json.loads(self._hear(f"facts/{1 - self.rank}", timedelta(seconds=self.timeout_s)))
         differing = [f"{key} ({mine.get(key)} in tower {self.rank}, {theirs.get(key)} in the other)"
                      for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
         if differing:
@@ -68,7 +68,14 @@ class World:
     def await_leader(self) -> None:
         """Wait until rank 0 has found its input good: a mistake is then told once."""
         if not self.leads:
-            _get(self.store, "facts/0")
+            self._hear("facts/0", FIRST_WORD)
+
+    def _hear(self, key: str, limit: timedelta) -> str:
+        try:
+            self.store.wait([key], limit)
+            return self.store.get(key).decode()
+        except RuntimeError as error:
+            raise PeerError(f"the other tower died, or did not speak within {limit} ({reason(error)})") from None
 
     def connect(self) -> None:
         """Set up the exchange. PeerError if the other tower does not join in time."""
@@ -101,11 +108,6 @@ def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _get(store: dist.Store, key: str) -> str:
-    store.wait([key], FIRST_WORD)
-    return store.get(key).decode()
-
-
 def _local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -128,11 +130,11 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
         raise UserError("--transport nccl needs a GPU for each process: use rpc")
     threads = threads or max(1, usable_cores() // _local_size())
     torch.set_num_threads(threads)
-    this = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size))
-    yield this
+    world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size))
+    yield world
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
-    if this.exchange is not None:
-        this.exchange.close()
+    if world.exchange is not None:
+        world.exchange.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from launch.errors import UserError
 from launch.train import checksums
 from launch.world import World, device_named, join_world
+from model.errors import PeerError
 from model.recipe import NOTES
 
 
@@ -49,6 +50,12 @@ def test_a_difference_is_named_alone(changed, named):
     told = agree(FACTS, {**FACTS, **changed})
     assert told[0] == f"the two towers were started differently: {named}"
     assert told[1]
+
+
+def test_a_tower_that_never_speaks_is_not_waited_for_for_ever():
+    world = World(0, 2, torch.device("cpu"), 1, 0.2, "rpc", dist.HashStore())
+    with pytest.raises(PeerError, match="the other tower died, or did not speak within 0:00:00.2"):
+        world.agree(FACTS)
 
 
 def test_checksums_see_every_label_every_pixel_and_the_order():
