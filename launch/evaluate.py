@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: 
         raise UserError(f"{shards}: its {len(manifest.classes)} classes are not the {len(run.wnids)} that {run_path} "
                         "was trained on; evaluate on shards of the same classes")
     images = ShardImages(shards, manifest, "val")
+    if data != run.data and world.leads:
+        print(f"note: {shards} are not the shards that {run_path} was trained on", file=sys.stderr)
     mean = folder.mean(run)
     world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "views": views, "batch": batch,
                  "code": facts.code_hash()})

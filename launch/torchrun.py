@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import sys
+import tempfile
+
+# Before torch is imported: its agent would add lines of its own to those of the workers.
+os.environ.setdefault("LOGLEVEL", "CRITICAL")
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -15,10 +19,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     try:
-        run.main()
+        with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:  # torchrun's own would be left behind
+            run.main(["--log-dir", logs, *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

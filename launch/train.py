@@ -111,6 +111,8 @@ class Trainer:
     def run(self, newest: Path | None) -> Errors | None:
         """Train from `newest`, or from the start."""
         self._build(newest)
+        if newest is not None and self.world.leads:
+            print(f"going on from step {self.step} of {self.total_steps}", file=sys.stderr)
         with RunLog(self.folder.log_path if self.world.leads else None) as self.log:
             self._log_start(newest)
             return self._loop()

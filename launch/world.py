@@ -57,9 +57,13 @@ class World:
         """
         if self.size == 1:
             return
-        mine = _flat(facts)
-        self.store.set(f"facts/{self.rank}", json.dumps(mine))
-        theirs = json.loads(self._hear(f"facts/{1 - self.rank}", timedelta(seconds=self.timeout_s)))
+        mine, limit = _flat(facts), timedelta(seconds=self.timeout_s)
+        if self.leads:
+            self.store.set("facts/0", json.dumps(mine))
+            theirs = json.loads(self._hear("facts/1", limit))
+        else:  # heard before told: rank 0 may end, and the store with it, as soon as it knows of a difference
+            theirs = json.loads(self._hear("facts/0", limit))
+            self.store.set("facts/1", json.dumps(mine))
         differing = [f"{key} ({mine.get(key)} in tower {self.rank}, {theirs.get(key)} in the other)"
                      for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
         if differing:
@@ -86,7 +90,7 @@ class World:
             dist.init_process_group("gloo", store=dist.PrefixStore("control", self.store),
                                     rank=self.rank, world_size=self.size, timeout=limit)
         except RuntimeError as error:
-            raise PeerError(f"the other tower did not join within {self.timeout_s:g} s ({reason(error)})") from None
+            raise PeerError(f"no connection to the other tower ({reason(error)})") from None
         if self.transport in ("rpc", "rpc-staged"):
             from model.exchange.rpc import RpcExchange
 
@@ -140,9 +144,13 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
 
 
 def _die_with_torchrun() -> None:
-    """Have the kernel kill this process when torchrun is killed, which then cannot end its workers itself."""
+    """Have the kernel kill this process when torchrun is killed, which then cannot end its workers itself.
+
+    On Ctrl-C, too, it ends at once: what is on the disk is whole at any moment, and torchrun says that it was stopped.
+    """
     set_parent_death_signal = 1  # of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def device_named(name: str | None) -> torch.device:

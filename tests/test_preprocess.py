@@ -98,7 +98,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(packed):
 
 def test_every_image_is_packed_or_listed(packed, source):
     manifest, _ = load_manifest(packed[2])
-    check_files(packed[2], manifest)
+    check_files(packed[2], manifest.files())
     assert manifest.layout == "class-folders" and manifest.encoding == ENCODING
     assert [c.wnid for c in manifest.classes] == list(WNIDS)
     assert {name: (split.images, split.class_counts) for name, split in manifest.splits.items()} == {

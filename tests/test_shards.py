@@ -90,7 +90,7 @@ def test_manifest_survives_saving(written, tmp_path):
 
 
 def test_check_accepts_what_was_written(written):
-    check_files(written, load_manifest(written)[0])
+    check_files(written, load_manifest(written)[0].files())
 
 
 def test_unfinished_file_keeps_its_temporary_name(tmp_path):
@@ -117,17 +117,17 @@ def test_check_names_the_file_that_is_damaged(folder, name, damage, said):
     manifest, _ = load_manifest(folder)
     damage(folder / name)
     with pytest.raises(DataError, match=f"{name}: .*{said}") as caught:
-        check_files(folder, manifest)
+        check_files(folder, manifest.files())
     assert "\n" not in str(caught.value)
 
 
 def test_check_without_hashes_still_sees_the_size(folder):
     manifest, _ = load_manifest(folder)
     flip(folder / "train-00001.arrow")
-    check_files(folder, manifest, hashes=False)
+    check_files(folder, manifest.files(), hashes=False)
     cut(folder / "train-00002.arrow")
     with pytest.raises(DataError, match="train-00002.arrow"):
-        check_files(folder, manifest, hashes=False)
+        check_files(folder, manifest.files(), hashes=False)
 
 
 def write_other_columns(path: Path) -> None:

@@ -76,7 +76,7 @@ class RpcExchange(Exchange):
                 warnings.filterwarnings("ignore", "You are using a Backend", UserWarning)
                 rpc.init_rpc(names[tower], rank=tower, world_size=2, rpc_backend_options=options)
         except RuntimeError as error:
-            raise PeerError(f"the other tower did not join within {timeout_s:g} s ({reason(error)})") from None
+            raise PeerError(f"no connection to the other tower ({reason(error)})") from None
         # timeout=0: never. Both the peer's death and a broken connection end this call with an error.
         rpc.rpc_async(self._peer, hold, timeout=0).add_done_callback(self._peer_gone)
 
