@@ -79,7 +79,10 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Si
             raise UserError(f"{checkpoint / name}: missing or changed since it was written; "
                             f"remove {checkpoint} to use the one before")
     reader = HuggingFaceStorageReader(str(checkpoint))
-    held = reader.read_metadata().state_dict_metadata
+    try:
+        held = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # safetensors raises exceptions of its own
+        raise UserError(f"{checkpoint}: cannot be read ({_cause(error)}); remove what does not belong there") from None
     for name in tensors:
         if name not in held or held[name].size != whole[name]:
             found = list(held[name].size) if name in held else "nothing"
@@ -109,7 +112,7 @@ def read_state(checkpoint: Path) -> dict:
     try:
         state = json.loads((checkpoint / STATE).read_bytes())
         return {**state, "step": int(state["step"]), "files": dict(state["files"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{checkpoint / STATE}: cannot be read ({error}); "
                         f"remove {checkpoint} to use the one before") from None
 

@@ -7,6 +7,7 @@ that fails one line and exit code 1.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -23,13 +24,23 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 FOLDER = click.Path(path_type=Path)
 
 
+class _Number(click.FloatRange):
+    """A number in a range; click's own takes NaN, which is in none."""
+
+    def convert(self, value, param, ctx) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
+
 class _Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
     def show(self, file=None) -> None:
-        click.echo(f"alexnet: {self.message}", err=True)
+        click.echo("alexnet: " + " ".join(self.message.splitlines()), err=True)
 
 
 class _Commands(click.Group):
@@ -48,7 +59,7 @@ class _Commands(click.Group):
             raise _Failure(str(error), 1) from None
         except OSError as error:
             if error.filename is None:
-                raise
+                raise _Failure(f"cannot read or write: {error.strerror or error}", 1) from None
             raise _Failure(f"{error.filename}: {error.strerror}", 2) from None
 
 
@@ -84,7 +95,7 @@ def sample(out: Path, train_per_class: int, val_per_class: int, seed: int) -> No
 @cli.command()
 @click.argument("source", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option("--workers", type=click.IntRange(1), help="Processes that decode; default: one a core.")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes that decode; default: one a core.")
 def preprocess(source: Path, out: Path, workers: int | None) -> None:
     """Pack SOURCE into shards in OUT.
 
@@ -124,9 +135,9 @@ def _process_options(command):
         click.option("--transport", default="rpc", show_default=True,
                      type=click.Choice(["rpc", "rpc-staged", "gloo", "nccl"]),
                      help="How two towers exchange; rpc-staged: RPC through the CPU's memory."),
-        click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=click.FloatRange(1),
+        click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=_Number(1, 86400),
                      help="Seconds after which a silent peer ends the run."),
-        click.option("--threads", type=click.IntRange(1),
+        click.option("--threads", type=click.IntRange(1, 1024),
                      help="CPU threads for arithmetic, and as many for DALI; default: a fair share of the cores."),
     )):
         command = option(command)
@@ -141,7 +152,7 @@ def _process_options(command):
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--steps", type=click.IntRange(1), help="Stop after so many steps in all, with a checkpoint.")
 @click.option("--resume", is_flag=True, help="Go on from RUN's newest checkpoint.")
-@click.option("--checkpoint-minutes", default=15.0, show_default=True, type=click.FloatRange(0),
+@click.option("--checkpoint-minutes", default=15.0, show_default=True, type=_Number(0, 1e6),
               help="Besides one after every epoch.")
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints kept, the newest.")
 @click.option("--check/--no-check", default=True, help="Hash all shards before the start.")
@@ -158,7 +169,9 @@ def train(shards: Path, run: Path, recipe: str | None, seed: int | None, epochs:
     from launch.world import join_world
     from model.recipe import recipe_named
 
-    chosen = recipe_named(recipe or "notes") if recipe or not resume else None
+    if recipe is None and not resume:
+        recipe = "notes"
+    chosen = None if recipe is None else recipe_named(recipe)
     options = Options(resume, steps, checkpoint_minutes, keep, check)
     with join_world(**process) as world:
         folder = RunFolder(run)
@@ -173,7 +186,7 @@ def train(shards: Path, run: Path, recipe: str | None, seed: int | None, epochs:
 @click.argument("shards", type=FOLDER)
 @click.option("--views", default="10", show_default=True, type=click.Choice(["1", "10"]),
               help="Centre crop alone, or four corners and centre with their mirror images.")
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1, 4096), help="Images at a time.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @_process_options
 def evaluate(run: Path, shards: Path, views: str, batch: int, as_json: bool, **process) -> None:
@@ -205,7 +218,7 @@ def bench() -> None:
 @click.argument("images", type=FOLDER)
 @click.option("--total", default=2000, show_default=True, type=click.IntRange(1), help="Images to pack, repeated.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--workers", type=click.IntRange(1))
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes; default: one a core.")
 def bench_preprocess(images: Path, total: int, repeats: int, workers: int | None) -> None:
     """Pack the image files below the folder IMAGES."""
     from launch.bench import preprocess_speed
@@ -219,7 +232,7 @@ def bench_preprocess(images: Path, total: int, repeats: int, workers: int | None
 @click.option("--batches", default=20, show_default=True, type=click.IntRange(1), help="A repeat.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Of DALI; default: one a core.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of DALI; default: one a core.")
 def bench_loader(shards: Path, **settings) -> None:
     """Deliver training batches from SHARDS, and do nothing with them."""
     from launch.bench import loader_speed

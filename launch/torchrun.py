@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import signal
 import sys
 import tempfile
-
-# Before torch is imported: its agent would add lines of its own to those of the workers.
-os.environ.setdefault("LOGLEVEL", "CRITICAL")
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
+    logging.disable(logging.CRITICAL)  # torchrun's agent would add lines of its own to those of the workers
     try:
         with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:  # torchrun's own would be left behind
             run.main(["--log-dir", logs, *sys.argv[1:]])

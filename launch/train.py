@@ -58,6 +58,9 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
     if options.resume:
         run = _resumed(folder, recipe, seed, epochs, data)
         newest = folder.newest_checkpoint(run)
+        reached = checkpoint.read_state(newest)["step"] if newest else 0
+        if options.stop_after is not None and options.stop_after < reached:
+            raise UserError(f"{folder.path}: at step {reached} already, past --steps {options.stop_after}")
     else:
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
         run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data, manifest.mean.sha256), None
@@ -163,8 +166,7 @@ class Trainer:
         if newest is not None:
             checkpoint.load(newest, self.tensors, self.shapes)
             state = checkpoint.read_state(newest)
-            self.step, self.progress = state["step"], Progress(**state["progress"])
-            self.trained_s = state["trained_s"]
+            self.step, self.progress, self.trained_s = state["step"], Progress(**state["progress"]), state["trained_s"]
 
     def _step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one training step; return the loss and the number of images classified right."""

@@ -5,6 +5,10 @@
 # trains the whole network in one. Ports are chosen by torchrun.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case ${PROCESSES:-2} in
+    1 | 2) ;;
+    *) echo "alexnet: PROCESSES=$PROCESSES: the network has two towers, so 1 or 2" >&2; exit 2 ;;
+esac
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m launch.torchrun --standalone --nproc-per-node="${PROCESSES:-2}" -m launch.cli train "$@"

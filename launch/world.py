@@ -112,8 +112,17 @@ def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def _from_environment(name: str, default: int, least: int, most: int) -> int:
+    """Return a number that torchrun sets; UserError for what is none."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
+        raise UserError(f"the environment's {name} is {text!r}, not a number from {least} to {most}: "
+                        "start with torchrun, or unset it")
+    return int(text)
+
+
 def _local_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
 
 
 @contextmanager
@@ -122,7 +131,8 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
 
     UserError for more than two processes, or a device or transport that is not to be had here.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    size = _from_environment("WORLD_SIZE", 1, 1, 1 << 20)
+    rank = _from_environment("RANK", 0, 0, size - 1)
     if size > 2:
         raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -134,7 +144,7 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
         raise UserError("--transport nccl needs a GPU for each process: use rpc")
     threads = threads or max(1, usable_cores() // _local_size())
     torch.set_num_threads(threads)
-    world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size))
+    world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s))
     yield world
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
     if world.exchange is not None:
@@ -162,14 +172,14 @@ def device_named(name: str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu")
     if name in (None, "cuda"):  # a GPU a process; where there are fewer they share
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        name = f"cuda:{_from_environment('LOCAL_RANK', 0, 0, 1 << 20) % torch.cuda.device_count()}"
     if torch.device(name).index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(torch.device(name))
     return torch.device(name)
 
 
-def _store(rank: int, size: int) -> dist.Store | None:
+def _store(rank: int, size: int, timeout_s: float) -> dist.Store | None:
     """Return torchrun's store, apart from what an earlier attempt of an elastic restart left in it."""
     if size == 1:
         return None
@@ -179,6 +189,10 @@ def _store(rank: int, size: int) -> dist.Store | None:
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(sorted(missing))} are not set: start with torchrun")
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size,
-                          is_master=rank == 0 and not served_by_agent)
+    address, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0, 1, 65535)
+    try:
+        store = dist.TCPStore(address, port, size, is_master=rank == 0 and not served_by_agent,
+                              timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise PeerError(f"{address}:{port}: no other tower to be met there ({reason(error)})") from None
     return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

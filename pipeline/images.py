@@ -14,6 +14,7 @@ from pipeline.manifest import IMAGE_SIZE
 ENCODING = "jpeg, quality 90, 4:2:0"
 # Pictures of pixels only: Pillow would start Ghostscript for others.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
+LONGEST_SIDE = 65535  # pixels, JPEG's own limit; far wider ones make Pillow's decoders run out of memory
 # Pillow itself refuses to decode more than about 179 million pixels (twice Image.MAX_IMAGE_PIXELS).
 
 
@@ -34,6 +35,8 @@ def fit(data: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, and sizes below the limit
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if max(image.size) > LONGEST_SIDE:
+                    raise BrokenImage(f"{image.width} x {image.height} pixels")
                 # A large JPEG is decoded at 1/2, 1/4 or 1/8, yet with twice the pixels that are needed.
                 image.draft(None, (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
                 image.load()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def load_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         fields = json.loads(raw)
         if fields["format"] != FORMAT:
-            raise DataError(f"{path}: format {fields['format']}, this program reads {FORMAT}: preprocess again")
+            raise DataError(f"{path}: format {fields['format']!r}, this program reads {FORMAT}: preprocess again")
         fields["classes"] = [SynsetClass(**c) for c in fields["classes"]]
         fields["splits"] = {
             name: Split(**{**split, "files": [_shard_file(f) for f in split["files"]]})
@@ -89,22 +90,45 @@ def load_manifest(folder: Path) -> tuple[Manifest, str]:
         }
         fields["mean"] = _shard_file(fields["mean"])
         manifest = Manifest(**fields)
-        if set(manifest.splits) != set(SPLITS) or np.shape(manifest.rgb_covariance) != (3, 3):
-            raise ValueError("splits or covariance")
+        _check(manifest)
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: damaged ({type(error).__name__}: {error}); restore it or preprocess again"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{path}: damaged ({reason}); restore it or preprocess again") from None
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
 def _shard_file(fields: dict) -> ShardFile:
     file = ShardFile(**fields)
-    if Path(file.name).name != file.name:
-        raise ValueError(f"file name {file.name!r} leaves the folder")
+    if not re.fullmatch(r"[\w.-]+", file.name) or not re.fullmatch("[0-9a-f]{64}", file.sha256):
+        raise ValueError(f"no file name and hash: {file.name!r}, {file.sha256!r}")
+    if not _counts([file.images, file.bytes]):
+        raise ValueError(f"{file.name}: no counts")
     return file
+
+
+def _counts(numbers: list) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what could not have been written here."""
+    wnids = [c.wnid for c in manifest.classes]
+    if not wnids or not all(isinstance(text, str) for c in manifest.classes for text in (c.wnid, c.words)):
+        raise ValueError("classes are not named")
+    if wnids != sorted(set(wnids)):
+        raise ValueError("classes are not in order")
+    if set(manifest.splits) != set(SPLITS) or manifest.image_size != IMAGE_SIZE:
+        raise ValueError("other splits or another image size")
+    for name, split in manifest.splits.items():
+        if not _counts(split.class_counts) or len(split.class_counts) != len(wnids):
+            raise ValueError(f"class counts of {name}")
+        if not split.images == sum(split.class_counts) == sum(file.images for file in split.files):
+            raise ValueError(f"counts of {name} disagree")
+    covariance = np.array(manifest.rgb_covariance, np.float64)
+    if covariance.shape != (3, 3) or not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance)[0] < -1e-6:
+        raise ValueError("no colour covariance")
 
 
 def check_files(

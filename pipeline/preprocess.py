@@ -53,6 +53,8 @@ def preprocess(source: Path, out: Path, workers: int | None = None, progress: Pr
     worker is killed. After any failure `out` has no manifest.
     """
     source, out = Path(source), Path(out)
+    if source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise DataError(f"{out}: lies in the source; choose a folder outside of {source}")
     leftovers = _leftovers(out)
     data = open_source(source)
     workers = workers or min(_cores(), MOST_WORKERS)
@@ -94,7 +96,7 @@ def _leftovers(out: Path) -> list[Path]:
     if out / FILE_NAME in found:
         raise DataError(f"{out}: already holds shards; choose another folder")
     for path in found:
-        if not OWN_FILES.fullmatch(path.name) or not path.is_file():
+        if not OWN_FILES.fullmatch(path.name) or path.is_symlink() or not path.is_file():
             raise DataError(f"{out}: holds {path.name}, which is not ours; choose a new or empty folder")
     return found
 

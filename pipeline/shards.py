@@ -109,6 +109,12 @@ class ShardImages:
         if len(self.labels) != manifest.splits[split].images:
             raise DataError(f"{folder}: {split} holds {len(self.labels)} images, its manifest says "
                             f"{manifest.splits[split].images}; restore it or preprocess again")
+        counts = manifest.splits[split].class_counts
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(counts) or (
+            np.bincount(self.labels, minlength=len(counts)).tolist() != counts
+        ):
+            raise DataError(f"{folder}: the labels of {split} are not those that its manifest counts; "
+                            "restore it or preprocess again")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -99,3 +99,46 @@ def test_help_names_every_command():
     shown = alexnet("--help").stdout
     for command in ("sample", "preprocess", "verify", "train", "evaluate", "bench"):
         assert command in shown
+
+
+def test_out_inside_the_source(source):
+    fails("lies in the source", "preprocess", source, source / "out")
+    assert not (source / "out").exists()
+
+
+def test_an_option_that_is_no_number(tmp_path):
+    done = alexnet("train", tmp_path, tmp_path / "run", "--timeout", "nan")
+    assert done.exit_code == 2 and "nan is not a number" in done.stderr
+
+
+@pytest.mark.parametrize("path, value", [
+    (["classes"], []), (["classes", 0, "wnid"], None), (["image_size"], 224), (["splits", "train", "images"], 29),
+    (["splits", "val", "class_counts", 0], -1), (["splits", "train", "files", 0, "name"], "../train-00000.arrow"),
+    (["splits", "train", "files", 0, "bytes"], None), (["mean", "bytes"], "x"), (["mean", "sha256"], 7),
+    (["rgb_covariance", 0, 0], -1.0), (["rgb_covariance", 0, 0], {}), (["format"], "a\nb"),
+])  # fmt: skip
+def test_a_damaged_manifest_is_told_in_one_line(small_shards, tmp_path, path, value):
+    folder = Path(shutil.copytree(small_shards, tmp_path / "shards"))
+    fields = json.loads((folder / "manifest.json").read_text())
+    place = fields
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(fields))
+    fails("manifest.json: ", "verify", folder)
+
+
+def test_a_manifest_that_counts_other_labels(small_shards, tmp_path):
+    folder = Path(shutil.copytree(small_shards, tmp_path / "shards"))
+    fields = json.loads((folder / "manifest.json").read_text())
+    counts = fields["splits"]["val"]["class_counts"]
+    counts[0], counts[1] = 2, 0
+    (folder / "manifest.json").write_text(json.dumps(fields))
+    fails("the labels of val are not those that its manifest counts", "verify", folder)
+
+
+@pytest.fixture(scope="session")
+def small_shards(archives, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("small") / "shards"
+    assert alexnet("preprocess", archives, out, "--workers", 1).exit_code == 0
+    return out

@@ -193,3 +193,15 @@ def test_statistics_do_not_depend_on_order_and_are_exact():
     for _ in range(3):
         white.add(np.full((256, 256, 3), 255, np.uint8))
     assert (white.rgb_covariance() == 0).all() and (white.rgb_mean() == 255).all()
+
+
+def test_an_image_far_too_wide_is_broken():
+    """Under Pillow's limit of pixels, but its decoder would fail for want of memory."""
+    header = struct.pack(">IIBBBBB", 170_000_000, 1, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    with pytest.raises(BrokenImage, match="170000000 x 1 pixels"):
+        fit(data)

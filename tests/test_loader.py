@@ -46,12 +46,16 @@ def made_jpeg(i: int) -> bytes:
     return data.getvalue()
 
 
+def counts_of(images: int) -> list[int]:
+    return [1, 0, 0] * images
+
+
 def packed(folder: Path, jpegs: list[bytes]) -> ShardImages:
     """Image i has label 3 i and the name image-i."""
     writer = ShardWriter(folder, "train")
     for i, jpeg in enumerate(jpegs):
         writer.add(jpeg, 3 * i, f"image-{i}")
-    split = Split(len(jpegs), [], writer.close())
+    split = Split(len(jpegs), counts_of(len(jpegs)), writer.close())
     classes, mean = [SynsetClass("n00000000", "blot")], ShardFile("mean.npy", 1, 0, "")
     manifest = Manifest("class-folders", "jpeg", classes, {"train": split}, 0, mean, [0.0] * 3, np.eye(3).tolist())
     return ShardImages(folder, manifest, "train")
@@ -186,7 +190,7 @@ def test_damaged_images_are_named(tmp_path, capfd):
     files = [ShardFile(shard.name, 8, len(raw), "")]
     shard.with_name("other").write_bytes(raw)
     os.replace(shard.with_name("other"), shard)  # a new file: `images` still maps the old one
-    splits = {"train": Split(8, [], files)}
+    splits = {"train": Split(8, counts_of(8), files)}
     manifest = Manifest("class-folders", "jpeg", [], splits, 0, files[0], [0.0] * 3, np.eye(3).tolist())
     damaged = ShardImages(tmp_path, manifest, "train")
 

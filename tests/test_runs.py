@@ -227,6 +227,10 @@ def test_folder_of_another_run_is_left_alone(shards, finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def test_stopping_before_the_checkpoint(shards, finished):
+    fails_with("step 25 already, past --steps 10", "train", shards, finished, "--resume", "--steps", "10")
+
+
 def test_resuming_nothing(shards, tmp_path):
     fails_with("no run there", "train", shards, tmp_path / "none", "--resume")
     fails_with("no run there", "evaluate", tmp_path / "none", shards)
@@ -248,7 +252,8 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
 
 
 @pytest.mark.parametrize("processes, options, told", [
-    (3, [], r"3 processes: the network has two towers, so start 1 or 2 \(torchrun --nproc-per-node\)"),
+    (3, [], "PROCESSES=3: the network has two towers, so 1 or 2"),
+    (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),
     (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, tiny"),
     (2, ["--device", "gpu"], "--device gpu: there is cpu, cuda, and cuda:0, cuda:1, ..."),
     (2, ["--nonsense", "1"], "No such option.* See `alexnet train --help`."),
@@ -259,6 +264,13 @@ def test_a_mistake_is_told_once_by_all_processes(shards, tmp_path, processes, op
     assert towers.process.returncode == 2
     assert re.fullmatch(f"alexnet: {told}\n", output), output
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_too_many_under_torchrun(torchrun, shards, tmp_path):
+    done = torchrun(3, *alexnet("train", shards, tmp_path / "run"), check=False)
+    told = [line for line in done.stderr.splitlines() if line.startswith("alexnet: ")]
+    assert done.returncode and told == ["alexnet: 3 processes: the network has two towers, so start 1 or 2 "
+                                        "(torchrun --nproc-per-node)"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(shards, finished, tmp_path):

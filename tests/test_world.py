@@ -83,3 +83,12 @@ def test_two_processes_without_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT are not set"), join_world("cpu", "rpc", 5, 1):
         pass
+
+
+@pytest.mark.parametrize("variable, value", [
+    ("WORLD_SIZE", "x"), ("WORLD_SIZE", ""), ("RANK", "1"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0"),
+])  # fmt: skip
+def test_nonsense_in_the_environment(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"the environment's {variable} is "), join_world("cpu", "rpc", 5, None):
+        pass
