@@ -111,9 +111,11 @@ def read_state(checkpoint: Path) -> dict:
     """Return what lies beside the tensors; UserError where it cannot be read."""
     try:
         state = json.loads((checkpoint / STATE).read_bytes())
-        return {**state, "step": int(state["step"]), "files": dict(state["files"])}
+        if checkpoint.name != f"step-{state['step']:09d}" or not dict(state["files"]):
+            raise ValueError("of another step, or without files")
+        return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{checkpoint / STATE}: cannot be read ({error}); "
+        raise UserError(f"{checkpoint / STATE}: damaged ({reason(error)}); "
                         f"remove {checkpoint} to use the one before") from None
 
 

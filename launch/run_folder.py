@@ -11,6 +11,7 @@ import numpy as np
 from launch import checkpoint
 from launch.errors import UserError
 from launch.world import World
+from model.errors import reason
 from model.network import AlexNet
 from model.recipe import Recipe
 from model.tower import build, whole_shapes
@@ -61,8 +62,8 @@ class RunFolder:
                        fields["mean"])
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run there (no run.json); start one with `alexnet train`") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error}); restore it or train anew") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: damaged ({reason(error)}); restore it or train anew") from None
 
     def newest_checkpoint(self, run: Run) -> Path | None:
         """Return the newest checkpoint, None where there is none yet. UserError where it is another run's."""

@@ -166,7 +166,12 @@ class Trainer:
         if newest is not None:
             checkpoint.load(newest, self.tensors, self.shapes)
             state = checkpoint.read_state(newest)
-            self.step, self.progress, self.trained_s = state["step"], Progress(**state["progress"]), state["trained_s"]
+            try:
+                self.step, self.progress = state["step"], Progress(**state["progress"])
+                self.trained_s = float(state["trained_s"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{newest}: damaged ({type(error).__name__}: {error}); remove it to use the one "
+                                "before") from None
 
     def _step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one training step; return the loss and the number of images classified right."""

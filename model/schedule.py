@@ -57,3 +57,7 @@ class Progress:
     best_error: float = 1.0  # lowest validation error, 0-1
     stale_epochs: int = 0  # since the last improvement or drop
     drops: int = 0  # times the rate was divided
+
+    def __post_init__(self):
+        if not (0 <= self.best_error <= 1 and self.stale_epochs >= 0 and self.drops >= 0):
+            raise ValueError(f"not a progress: {self}")

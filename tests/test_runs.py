@@ -243,6 +243,17 @@ def test_damaged_checkpoint(shards, finished, tmp_path):
     fails_with("missing or changed.*remove .*step-000000025 to use the one before", "evaluate", run, shards)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("step", 10**30), ("step", None), ("progress", None), ("progress", {"best_error": float("nan")}),
+    ("trained_s", "x"), ("files", {}), ("files", []),
+])  # fmt: skip
+def test_damaged_state_of_a_checkpoint(shards, finished, tmp_path, key, value):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = run / "checkpoints" / f"step-{STEPS:09d}" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    fails_with("step-000000025.*damaged", "train", shards, run, "--resume")
+
+
 def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     description = json.loads((run / "run.json").read_text())
