@@ -28,6 +28,12 @@ class Run:
     data: str  # SHA-256 of the manifest of the shards
     mean: str  # SHA-256 of mean.npy
 
+    def __post_init__(self):
+        if type(self.seed) is not int or self.seed < 0 or not all(
+            isinstance(text, str) for text in (*self.wnids, self.data, self.mean)
+        ):
+            raise ValueError("not a run's seed, classes and hashes")
+
     def to_dict(self) -> dict:
         return {"recipe": self.recipe.to_dict(), "seed": self.seed, "wnids": self.wnids, "data": self.data,
                 "mean": self.mean}
@@ -58,7 +64,7 @@ class RunFolder:
         path = self.path / "run.json"
         try:
             fields = json.loads(path.read_bytes())
-            return Run(Recipe.from_dict(fields["recipe"]), int(fields["seed"]), list(fields["wnids"]), fields["data"],
+            return Run(Recipe.from_dict(fields["recipe"]), fields["seed"], list(fields["wnids"]), fields["data"],
                        fields["mean"])
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run there (no run.json); start one with `alexnet train`") from None

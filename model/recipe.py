@@ -50,7 +50,9 @@ class Recipe:
             raise RecipeError(f"recipe {self.name}: dropout and momentum lie in [0, 1)")
         if self.batch < 1 or self.epochs < 1 or self.learning_rate <= 0 or self.pixel_scale <= 0:
             raise RecipeError(f"recipe {self.name}: batch, epochs, learning_rate and pixel_scale must be positive")
-        if self.lrn_k <= 0 or min(self.lrn_alpha, self.lrn_beta, self.colour_std, self.weight_decay) < 0:
+        if self.lrn_k <= 0 or min(self.lrn_alpha, self.lrn_beta, self.colour_std, self.weight_decay) < 0 or (
+            self.weight_std is not None and self.weight_std < 0
+        ):
             raise RecipeError(f"recipe {self.name}: lrn_k must be positive, the other factors not negative")
 
     def to_dict(self) -> dict:
