@@ -78,7 +78,7 @@ class RunFolder:
             return None
         newest = found[-1]
         state = checkpoint.read_state(newest)
-        differing = [key for key, value in run.to_dict().items() if state.get(key) != json.loads(json.dumps(value))]
+        differing = [key for key, value in run.to_dict().items() if state.get(key) != value]
         if differing:
             raise UserError(f"{newest}: a checkpoint of another run ({', '.join(differing)} differ from "
                             f"{self.path / 'run.json'}); remove it, or restore run.json")

@@ -57,7 +57,8 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Return the recipe as JSON values; `from_dict` takes it back."""
-        return {**asdict(self), "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)}}
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {**fields, "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)}}
 
     @staticmethod
     def from_dict(fields: dict) -> Recipe:

@@ -94,7 +94,9 @@ def test_tiny_is_a_quarter_as_wide():
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_recipes_survive_json(recipe):
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    stored = json.loads(json.dumps(recipe.to_dict()))
+    assert stored == recipe.to_dict()
+    assert Recipe.from_dict(stored) == recipe
 
 
 @pytest.mark.parametrize("wrong", [
