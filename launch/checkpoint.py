@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from launch.errors import RunFailed, UserError
 from model.errors import PeerError, reason
-from pipeline.manifest import sha256_of, sync_folder, write_durably
+from pipeline.files import sha256_of, sync_folder, write_durably
 
 STATE = "state.json"
 

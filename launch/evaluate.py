@@ -49,12 +49,15 @@ def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], clas
     return Errors(wrong1 / images, wrong5 / images, images)
 
 
-def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: int) -> tuple[Errors, int]:
-    """Evaluate the newest checkpoint of a run with 1 or 10 views; return its errors and its step."""
+def evaluate_run(
+    world: World, run_path: Path, shards: Path, split: str, views: int, batch: int
+) -> tuple[Errors, int]:
+    """Evaluate the newest checkpoint of a run over a split, with 1 or 10 views; return its errors and its step."""
     world.await_leader()
     manifest, data = load_manifest(shards)
+    images = ShardImages(shards, manifest, split)
     if world.leads:
-        check_files(shards, manifest.splits["val"].files)
+        check_files(shards, manifest.splits[split].files)
     folder = RunFolder(run_path)
     run = folder.read()
     newest = folder.newest_checkpoint(run)
@@ -63,12 +66,11 @@ def evaluate_run(world: World, run_path: Path, shards: Path, views: int, batch: 
     if [c.wnid for c in manifest.classes] != run.wnids:
         raise UserError(f"{shards}: its {len(manifest.classes)} classes are not the {len(run.wnids)} that {run_path} "
                         "was trained on; evaluate on shards of the same classes")
-    images = ShardImages(shards, manifest, "val")
     if data != run.data and world.leads:
         print(f"note: {shards} are not the shards that {run_path} was trained on", file=sys.stderr)
     mean = folder.mean(run)
-    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "views": views, "batch": batch,
-                 "code": facts.code_hash()})
+    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "split": split, "views": views,
+                 "batch": batch, "code": facts.code_hash()})
     world.connect()
     network = load_network(newest, run, world)
     batches = EvaluationLoader(images, mean, "ten" if views == 10 else "centre", batch, world.device,

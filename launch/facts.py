@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from launch.environment import usable_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,10 +56,6 @@ def hardware(device: torch.device) -> dict:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def command() -> str:

@@ -6,27 +6,31 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.cache import local_shards
 from pipeline.manifest import Manifest, check_files
 
 
-class SplitBars:
-    """One bar a split, with rate and time left: call it with (images done, images expected or None, split)."""
+class TaskBars:
+    """One bar a task, with rate and time left: call it with (done, to be done or None, name of the task)."""
 
-    def __init__(self):
-        self._bar, self._split = None, None
+    def __init__(self, shown: bool = True, unit: str = "image"):
+        self._bar, self._task, self._unit = None, None, unit
+        self._disable = None if shown else True
 
-    def __call__(self, done: int, total: int | None, split: str) -> None:
-        if split != self._split:
+    def __call__(self, done: int, total: int | None, task: str) -> None:
+        if task != self._task:
             self._finish()
-            self._split = split
-            self._bar = tqdm(total=total, unit="image", desc=split, disable=None, dynamic_ncols=True)
+            self._task = task
+            # What was done before this run began does not count for the rate.
+            self._bar = tqdm(total=total, initial=done, unit=self._unit, unit_scale=self._unit == "B", desc=task,
+                             disable=self._disable, dynamic_ncols=True)
         self._bar.update(done - self._bar.n)
 
     def _finish(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> SplitBars:
+    def __enter__(self) -> TaskBars:
         return self
 
     def __exit__(self, *_) -> None:
@@ -39,3 +43,9 @@ def check_with_bar(shards: Path, manifest: Manifest, hashes: bool = True) -> Non
     with tqdm(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="checking shards",
               disable=None, leave=False, dynamic_ncols=True) as bar:
         check_files(shards, files, hashes, bar.update)
+
+
+def shards_here(location: str, cache: Path | None) -> Path:
+    """`local_shards`, with a bar while they are fetched."""
+    with TaskBars(unit="B") as bars:
+        return local_shards(location, cache, lambda done, total: bars(done, total, "fetching shards"))

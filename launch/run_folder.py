@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from model.errors import reason
 from model.network import AlexNet
 from model.recipe import Recipe
 from model.tower import build, whole_shapes
-from pipeline.manifest import sha256_of, write_durably
+from pipeline.files import sha256_of, write_durably
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class RunFolder:
 
     def check_new(self) -> None:
         """UserError where the folder holds anything already, but for what a kill during `create` left."""
-        left = {"mean.npy", "mean.npy.tmp", "run.json.tmp"}
-        if self.path.exists() and (not self.path.is_dir() or {path.name for path in self.path.iterdir()} - left):
+        left = re.compile(r"mean\.npy|(mean\.npy|run\.json)\.[0-9a-f]{8}\.tmp")
+        if self.path.exists() and (
+            not self.path.is_dir() or not all(left.fullmatch(path.name) for path in self.path.iterdir())
+        ):
             raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
 
     def create(self, run: Run, mean: bytes) -> None:

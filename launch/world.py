@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launch.environment import die_with_torchrun, from_environment, local_size, rank_and_size, usable_cores
 from launch.errors import UserError
-from launch.facts import usable_cores
 from model.errors import PeerError, reason
 from model.exchange import Exchange
 
@@ -96,7 +94,7 @@ class World:
 
             self.exchange = RpcExchange(
                 dist.PrefixStore("rpc", self.store), self.rank, self.device, self.timeout_s,
-                staged=self.transport == "rpc-staged", idle_cores=usable_cores() >= 4 * _local_size())
+                staged=self.transport == "rpc-staged", idle_cores=usable_cores() >= 4 * local_size())
         else:
             from model.exchange.collectives import CollectiveExchange
 
@@ -112,37 +110,22 @@ def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _from_environment(name: str, default: int, least: int, most: int) -> int:
-    """Return a number that torchrun sets; UserError for what is none."""
-    text = os.environ.get(name, str(default))
-    if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
-        raise UserError(f"the environment's {name} is {text!r}, not a number from {least} to {most}: "
-                        "start with torchrun, or unset it")
-    return int(text)
-
-
-def _local_size() -> int:
-    return _from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
-
-
 @contextmanager
 def join_world(device: str | None, transport: str, timeout_s: float, threads: int | None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
     UserError for more than two processes, or a device or transport that is not to be had here.
     """
-    size = _from_environment("WORLD_SIZE", 1, 1, 1 << 20)
-    rank = _from_environment("RANK", 0, 0, size - 1)
+    rank, size = rank_and_size()
     if size > 2:
         raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_torchrun()
+    die_with_torchrun()
     chosen = device_named(device)
     if chosen.type == "cuda" and transport == "gloo" or chosen.type == "cpu" and transport == "nccl":
         raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
-    if transport == "nccl" and torch.cuda.device_count() < _local_size():
+    if transport == "nccl" and torch.cuda.device_count() < local_size():
         raise UserError("--transport nccl needs a GPU for each process: use rpc")
-    threads = threads or max(1, usable_cores() // _local_size())
+    threads = threads or max(1, usable_cores() // local_size())
     torch.set_num_threads(threads)
     world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s))
     yield world
@@ -151,16 +134,6 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
         world.exchange.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _die_with_torchrun() -> None:
-    """Have the kernel kill this process when torchrun is killed, which then cannot end its workers itself.
-
-    On Ctrl-C, too, it ends at once: what is on the disk is whole at any moment, and torchrun says that it was stopped.
-    """
-    set_parent_death_signal = 1  # of prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def device_named(name: str | None) -> torch.device:
@@ -172,7 +145,7 @@ def device_named(name: str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu")
     if name in (None, "cuda"):  # a GPU a process; where there are fewer they share
-        name = f"cuda:{_from_environment('LOCAL_RANK', 0, 0, 1 << 20) % torch.cuda.device_count()}"
+        name = f"cuda:{from_environment('LOCAL_RANK', 0, 0, 1 << 20) % torch.cuda.device_count()}"
     if torch.device(name).index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(torch.device(name))
@@ -183,13 +156,13 @@ def _store(rank: int, size: int, timeout_s: float) -> dist.Store | None:
     """Return torchrun's store, apart from what an earlier attempt of an elastic restart left in it."""
     if size == 1:
         return None
-    if _local_size() == size:  # one host: nobody else is to reach these ports
+    if local_size() == size:  # one host: nobody else is to reach these ports
         os.environ.setdefault("TP_SOCKET_IFNAME", "lo")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(sorted(missing))} are not set: start with torchrun")
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0, 1, 65535)
+    address, port = os.environ["MASTER_ADDR"], from_environment("MASTER_PORT", 0, 1, 65535)
     try:
         store = dist.TCPStore(address, port, size, is_master=rank == 0 and not served_by_agent,
                               timeout=timedelta(seconds=timeout_s))

@@ -1,11 +1,6 @@
-"""Batches of pixels: one DALI graph for training and evaluation, on the CPU or a GPU.
+"""Batches of pixels for training and evaluation, on the CPU or a GPU: pipeline.graph over the images of a split.
 
-What is done to an image, in this order (recipes `notes` and `paper`): decode, cut the crop, subtract the mean image's
-part at the crop's own offset, add the colour shift, flip, multiply by `scale`. DALI draws nothing at random:
 pipeline.batches says which images, crops, flips and shifts.
-
-On the CPU the order of the operators is another, with the same result: flipping bytes and adding the shift where they
-become floats costs a quarter less than cast, subtract, add and flip one after the other, in all about two decodes.
 
 Shapes: N images of a batch, V views of one image.
 """
@@ -14,104 +9,60 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.batches import CENTRE, CROP, TEN_VIEWS, TrainingBatches, Views
+from pipeline.batches import CENTRE, CROP, TEN_VIEWS, TrainingBatches
 from pipeline.errors import DataError
+from pipeline.graph import OneViewFeed, graph
 from pipeline.manifest import IMAGE_SIZE
 from pipeline.shards import ShardImages
 
-PREFETCHED_BATCHES = 2
 
+class _Source:
+    """What DALI calls for the input of each batch. It knows no pipeline: DALI holds it, and they would hold each other.
 
-@pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
-def _graph(source, mean: np.ndarray, scale: float, crop: int, views: Views | None, on_gpu: bool):
-    """Float pixels [crop, crop, 3], or [V, crop, crop, 3] where `views` has several, of what `source` feeds."""
-    # no_copy: the JPEG bytes are read where the shard is mapped. DALI refers to the arrays until it is done with them.
-    feed = {"source": source, "batch": True, "no_copy": True}
-    # The CPU decoder interpolates colours, as Pillow does, bit for bit; fancy upsampling makes GPU decoders interpolate
-    # too. The packer has settled every image's orientation. The share of the JPEG engine is DALI 2.4's default, pinned
-    # since it has changed between releases.
-    decode = {"output_type": types.RGB, "jpeg_fancy_upsampling": True, "adjust_orientation": False}
-    decode |= {"device": "mixed", "hw_decoder_load": 0.65} if on_gpu else {"device": "cpu"}
-    device = "gpu" if on_gpu else "cpu"
-    window = {"shape": [crop, crop], "axes": [0, 1]}
-    mean = mean * np.float32(scale)
+    `feeds` gives pairs of (indices [N], what the graph is fed for them); its StopIteration tells DALI of the end.
+    """
 
-    if views is not None:
-        (jpeg,) = fn.external_source(num_outputs=1, dtype=[types.UINT8], ndim=[1], **feed)
-        image = fn.decoders.image(jpeg, **decode)
-        crops = [fn.slice(image, start=anchor.tolist(), **window) for anchor in views.anchors]
-        pixels = fn.stack(*(fn.flip(one, horizontal=int(flip)) for one, flip in zip(crops, views.flips)))
-        mean_views = np.stack([_cut(mean, anchor, flip, crop) for anchor, flip in zip(*views)])
-        return pixels * scale - types.Constant(mean_views, device=device)
+    def __init__(self, feeds: Iterator[tuple[np.ndarray, list]]):
+        self._feeds = feeds
+        self.under_way: deque[np.ndarray] = deque()  # indices of what DALI has not returned yet, oldest first
+        self.seconds = 0.0
 
-    jpeg, anchor, mean_anchor, flip, shift = fn.external_source(
-        num_outputs=5,
-        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.FLOAT],
-        ndim=[1, 1, 1, 0, 1],
-        **feed,
-    )
-    pixels = fn.decoders.image_slice(jpeg, start=anchor, **window, **decode)
-    # One pass over the bytes flips, makes floats, adds the shift and scales: (pixels - -shift) * scale.
-    pixels = fn.crop_mirror_normalize(
-        pixels, mirror=flip, mean=-shift, scale=scale, dtype=types.FLOAT, output_layout="HWC"
-    )
-    # The crop of the mean that belongs to a flipped image is cut from the mean's mirror image, which stands beside it.
-    mean_and_mirror = types.Constant(np.concatenate([mean, mean[:, ::-1]], axis=1), device=device)
-    return pixels - fn.slice(mean_and_mirror, start=mean_anchor, **window)
-
-
-def _cut(mean: np.ndarray, anchor: np.ndarray, flip: bool, crop: int) -> np.ndarray:
-    y, x = anchor
-    part = mean[y : y + crop, x : x + crop]
-    return part[:, ::-1] if flip else part
-
-
-def _one_view_feed(images: ShardImages, indices, anchors, flips, shifts, crop: int) -> list:
-    mirrored_x = 2 * IMAGE_SIZE - crop - anchors[:, 1]
-    mean_anchors = np.stack([anchors[:, 0], np.where(flips, mirrored_x, anchors[:, 1])], axis=1)
-    return [
-        [images.encoded(i) for i in indices],
-        anchors.astype(np.int32),
-        mean_anchors.astype(np.int32),
-        flips.astype(np.int32),
-        shifts.astype(np.float32),
-    ]
+    def __call__(self) -> list:
+        start = time.perf_counter()
+        indices, feed = next(self._feeds)
+        self.under_way.append(indices)
+        self.seconds += time.perf_counter() - start
+        return feed
 
 
 class _Pipeline:
-    """One run of the graph over `feeds`, pairs of (indices [N], what the graph's source returns for them)."""
+    """One run of the graph over `feeds`."""
 
     def __init__(
         self,
         images: ShardImages,
-        feeds: Iterable[tuple[np.ndarray, list]],
+        feeds: Iterator[tuple[np.ndarray, list]],
         batch_size: int,
         threads: int,
-        device: str | torch.device,
-        **graph,
+        device: torch.device,
+        **settings,
     ):
-        self._images, self._device = images, torch.device(device)
-        self._on_gpu = self._device.type == "cuda"
-        if self._on_gpu and self._device.index is None:
-            self._device = torch.device("cuda", torch.cuda.current_device())
-        feeds, under_way = iter(feeds), deque()
-
-        # A closure and not a method: DALI holds it, and a reference from it to self would keep both alive.
-        def source():
-            indices, feed = next(feeds)  # its StopIteration is how DALI learns of the end
-            under_way.append(indices)
-            return feed
-
-        self._under_way = under_way  # indices of the batches that DALI has been fed and has not returned, oldest first
-        device_id = self._device.index if self._on_gpu else None
-        self._pipeline = _graph(
-            batch_size=batch_size, num_threads=threads, device_id=device_id, source=source, on_gpu=self._on_gpu, **graph
+        self._images, self._device, self._on_gpu = images, device, device.type == "cuda"
+        self.source = _Source(feeds)
+        self._pipeline = graph(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device.index,
+            source=self.source,
+            store=images.store,
+            on_gpu=self._on_gpu,
+            **settings,
         )
         self._pipeline.build()
 
@@ -123,15 +74,16 @@ class _Pipeline:
             pixels = self._run()
         except RuntimeError as error:
             self.close()  # DALI calls the pipeline invalid now, and does not say which image it was
-            suspects = [i for indices in self._under_way for i in indices]
-            broken = [self._images.name(i) for i in suspects if not _decodes(self._images.encoded(i))]
+            suspects = [i for indices in self.source.under_way for i in indices]
+            jpegs = suspects if self._images.store == "jpeg" else []
+            broken = [self._images.name(i) for i in jpegs if not _decodes(self._images.stored(i))]
             if not broken:
                 raise
             raise DataError(
                 f"{', '.join(broken)}: the stored JPEG cannot be decoded, so a shard is damaged: "
                 "find it with `alexnet verify`, then restore it or preprocess again"
             ) from error
-        labels = torch.from_numpy(self._images.labels[self._under_way.popleft()].astype(np.int64))
+        labels = torch.from_numpy(self._images.labels[self.source.under_way.popleft()].astype(np.int64))
         if self._on_gpu:  # from pinned memory, or the host would wait here for all work that the GPU has
             labels = labels.pin_memory().to(self._device, non_blocking=True)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])  # N * V, H, W, C
@@ -170,6 +122,14 @@ def _decodes(jpeg: np.ndarray) -> bool:
         return False
 
 
+def _device(device: str | torch.device) -> torch.device:
+    """With its index where it is a GPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device(device.type)
+
+
 class TrainingLoader:
     """An endless iterator over the steps of a run from `start_step` on, through all epochs.
 
@@ -179,7 +139,8 @@ class TrainingLoader:
 
     Global step g is step g % steps_per_epoch of epoch g // steps_per_epoch in `batches`, so a loader that starts at
     step g continues another's batches exactly. The next batches are prepared by `threads` threads while the caller
-    computes; `wait_s` adds up the seconds that the caller had to wait for them nevertheless.
+    computes; `wait_s` adds up the seconds that the caller had to wait for them nevertheless, `source_s` those in which
+    Python found the images and drew crops, flips and shifts (in the caller's thread: they are a part of `wait_s`).
 
     `mean` is float32 [256, 256, 3], RGB in 0-255. Raises DataError for a mean of another shape, and in iteration where
     a stored image cannot be decoded. Use it in a `with` statement, or call close(), to release DALI's threads.
@@ -198,9 +159,15 @@ class TrainingLoader:
         if batches.images != len(images) or batches.image_size != IMAGE_SIZE:
             raise ValueError(f"batches of {batches.images} images of {batches.image_size} pixels for {len(images)}")
         self.wait_s = 0.0
-        feeds = _training_feeds(images, batches, start_step)
-        graph = {"mean": _checked(mean), "scale": scale, "crop": batches.crop, "views": None}
-        self._pipeline = _Pipeline(images, feeds, batches.batch_size, threads, device, **graph)
+        mean, device = _checked(mean), _device(device)
+        feed = OneViewFeed(mean, scale, batches.crop, device.type == "cuda")
+        feeds = _training_feeds(images, batches, start_step, feed)
+        settings = {"mean": mean, "scale": scale, "crop": batches.crop, "views": None}
+        self._pipeline = _Pipeline(images, feeds, batches.batch_size, threads, device, **settings)
+
+    @property
+    def source_s(self) -> float:
+        return self._pipeline.source.seconds
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
@@ -221,12 +188,13 @@ class TrainingLoader:
         self.close()
 
 
-def _training_feeds(images: ShardImages, batches: TrainingBatches, step: int) -> Iterator[tuple[np.ndarray, list]]:
+def _training_feeds(
+    images: ShardImages, batches: TrainingBatches, step: int, feed: OneViewFeed
+) -> Iterator[tuple[np.ndarray, list]]:
     while True:
         batch = batches.at(*divmod(step, batches.steps_per_epoch))
-        yield batch.indices, _one_view_feed(
-            images, batch.indices, batch.anchors, batch.flips, batch.shifts, batches.crop
-        )
+        stored = images.stored_batch(batch.indices)
+        yield batch.indices, feed.of(stored, batch.anchors, batch.flips, batch.shifts)
         step += 1
 
 
@@ -252,14 +220,14 @@ class EvaluationLoader:
         if views not in ("centre", "ten"):
             raise ValueError(f"views {views!r}: centre or ten")
         self._images, self._mean, self._views = images, _checked(mean), TEN_VIEWS if views == "ten" else None
-        self._batch_size, self._device, self._scale, self._threads = batch_size, device, scale, threads
+        self._batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        graph = {"mean": self._mean, "scale": self._scale, "crop": CROP, "views": self._views}
-        pipeline = _Pipeline(self._images, self._feeds(), self._batch_size, self._threads, self._device, **graph)
+        settings = {"mean": self._mean, "scale": self._scale, "crop": CROP, "views": self._views}
+        pipeline = _Pipeline(self._images, self._feeds(), self._batch_size, self._threads, self._device, **settings)
         try:
             while True:
                 try:
@@ -271,14 +239,16 @@ class EvaluationLoader:
             pipeline.close()
 
     def _feeds(self) -> Iterator[tuple[np.ndarray, list]]:
+        if self._views is None:
+            one_view = OneViewFeed(self._mean, self._scale, CROP, self._device.type == "cuda")
         for first in range(0, len(self._images), self._batch_size):
             indices = np.arange(first, min(first + self._batch_size, len(self._images)))
-            n = len(indices)
+            stored = self._images.stored_batch(indices)
             if self._views is not None:
-                yield indices, [[self._images.encoded(i) for i in indices]]
+                yield indices, [stored]
             else:
-                anchors, flips = CENTRE.anchors.repeat(n, axis=0), CENTRE.flips.repeat(n)
-                yield indices, _one_view_feed(self._images, indices, anchors, flips, np.zeros((n, 3)), CROP)
+                anchors, flips = CENTRE.anchors.repeat(len(indices), axis=0), CENTRE.flips.repeat(len(indices))
+                yield indices, one_view.of(stored, anchors, flips, np.zeros((len(indices), 3)))
 
 
 def _checked(mean: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,11 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.files import sha256_of
+from pipeline.storage import Storage
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 IMAGE_SIZE = 256  # pixels, both sides of every stored image
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")  # the last one only where the source has labels for it
+STORES = ("jpeg", "raw")
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,34 @@ class ShardFile:
 @dataclass(frozen=True)
 class Split:
     images: int
+    rejected: int  # images that were found and left out; rejected.jsonl names each
     class_counts: list[int]  # one a label
     files: list[ShardFile]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    layout: str  # of the source: "ilsvrc2012" or "class-folders"
+    layout: str  # of the source, as pipeline.sources names it: "ilsvrc2012", "class-folders", ...
+    store: str  # "jpeg" or "raw"
     encoding: str  # how the stored images were compressed
+    seed: int  # of the order of the images
+    held_out: float  # share of the source's training images that became "val", 0-1; 0 where it has its own
+    plan: str  # SHA-256 of what these shards are a function of: the source's listing, the seed, the store
     classes: list[SynsetClass]
-    splits: dict[str, Split]  # "train", "val"
-    rejected: int  # images left out; rejected.jsonl names each
+    splits: dict[str, Split]  # "train", "val" and, it may be, "test"
     mean: ShardFile  # mean.npy, float32 [256, 256, 3], RGB, 0-255
     rgb_mean: list[float]  # [3], 0-255
     rgb_covariance: list[list[float]]  # [3, 3], of single pixels over the training set, 0-255 squared
     image_size: int = IMAGE_SIZE
     format: int = FORMAT
 
-    def save(self, folder: Path) -> None:
-        write_durably(folder / FILE_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode())
+    @property
+    def rejected(self) -> int:
+        return sum(split.rejected for split in self.splits.values())
+
+    def save(self, storage: Storage) -> None:
+        with storage.create(FILE_NAME) as file:
+            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
 
     def files(self) -> list[ShardFile]:
         return [file for split in self.splits.values() for file in split.files] + [self.mean]
@@ -79,6 +90,11 @@ def load_manifest(folder: Path) -> tuple[Manifest, str]:
             f"{path}: cannot be read ({error.strerror}); not a finished folder of shards: "
             "make one with `alexnet preprocess SOURCE OUT`"
         ) from None
+    return parse_manifest(raw, str(path)), hashlib.sha256(raw).hexdigest()
+
+
+def parse_manifest(raw: bytes, path: str) -> Manifest:
+    """Return the manifest that the bytes of the file `path` hold; DataError where it is none of this format."""
     try:
         fields = json.loads(raw)
         if fields["format"] != FORMAT:
@@ -96,7 +112,7 @@ def load_manifest(folder: Path) -> tuple[Manifest, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(f"{path}: damaged ({reason}); restore it or preprocess again") from None
-    return manifest, hashlib.sha256(raw).hexdigest()
+    return manifest
 
 
 def _shard_file(fields: dict) -> ShardFile:
@@ -119,10 +135,12 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("classes are not named")
     if wnids != sorted(set(wnids)):
         raise ValueError("classes are not in order")
-    if set(manifest.splits) != set(SPLITS) or manifest.image_size != IMAGE_SIZE:
+    if not {"train", "val"} <= set(manifest.splits) <= set(SPLITS) or manifest.image_size != IMAGE_SIZE:
         raise ValueError("other splits or another image size")
+    if manifest.store not in STORES:
+        raise ValueError(f"store {manifest.store!r}")
     for name, split in manifest.splits.items():
-        if not _counts(split.class_counts) or len(split.class_counts) != len(wnids):
+        if not _counts([split.images, split.rejected, *split.class_counts]) or len(split.class_counts) != len(wnids):
             raise ValueError(f"class counts of {name}")
         if not split.images == sum(split.class_counts) == sum(file.images for file in split.files):
             raise ValueError(f"counts of {name} disagree")
@@ -151,30 +169,3 @@ def check_files(
         if progress is not None:
             progress(file.bytes)
 
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write under a temporary name, sync, rename: a kill leaves the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from scipy.io import savemat
 
 from pipeline.drawing import CLASSES, draw
 from pipeline.errors import DataError
-from pipeline.manifest import sync_folder
+from pipeline.files import sync_folder
 from pipeline.sources import ilsvrc2012
 
 ARCHIVES = (ilsvrc2012.TRAIN, ilsvrc2012.VAL, ilsvrc2012.DEVKIT)

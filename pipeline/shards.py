@@ -1,108 +1,90 @@
-"""Arrow shards: uncompressed IPC files of encoded images, memory-mapped when read.
+"""Arrow shards: uncompressed IPC files of images, memory-mapped when read.
 
-A row is (image: JPEG bytes, label: int32, name: where the image came from).
+A row is (image, label: int32, name: where the image came from). With the store "jpeg" an image is the bytes of a JPEG,
+with "raw" its 256 x 256 x 3 bytes of pixels.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DataError
-from pipeline.manifest import Manifest, ShardFile, sha256_of, sync_folder
+from pipeline.manifest import IMAGE_SIZE, Manifest, ShardFile
+from pipeline.storage import Storage
 
 SCHEMA = pa.schema([("image", pa.large_binary()), ("label", pa.int32()), ("name", pa.string())])
-ROWS_PER_BATCH = 512
-ROWS_PER_SHARD = 4096
+RAW_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+RAW_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
+# Images found, of which a shard holds those that can be read. One shard is in memory while it is packed.
+ROWS_PER_SHARD = {"jpeg": 4096, "raw": 1024}  # about 100 and 200 MB
+ROWS_PER_BATCH = 128
 
 
-class ShardWriter:
-    """Write one split, row by row, into files of ROWS_PER_SHARD rows; each appears whole or not at all."""
+def write_shard(
+    storage: Storage, name: str, images: Sequence[bytes], labels: Sequence[int], names: Sequence[str]
+) -> ShardFile:
+    """Write one shard, which appears whole or not at all."""
+    with storage.create(name) as file:
+        sink = _HashingSink(file)
+        with pa.ipc.new_file(sink, SCHEMA) as writer:
+            for first in range(0, len(images), ROWS_PER_BATCH):
+                rows = slice(first, first + ROWS_PER_BATCH)
+                columns = [pa.array(column[rows], field.type) for column, field in zip((images, labels, names), SCHEMA)]
+                writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    return ShardFile(name, len(images), sink.size, sink.digest.hexdigest())
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = Path(folder), split
-        self.files: list[ShardFile] = []
-        self._rows: list[tuple[bytes, int, str]] = []
-        self._rows_in_file = 0
-        self._writer = None
 
-    def __enter__(self) -> ShardWriter:
-        return self
+class _HashingSink:
+    """What Arrow needs of a file to write to, hashing as it goes."""
 
-    def __exit__(self, *_: object) -> None:
-        """Let go of a file that was not finished; it keeps its temporary name."""
-        if self._writer is not None:
-            self._sink.close()
+    closed = False
 
-    def add(self, image: bytes, label: int, name: str) -> None:
-        self._rows.append((image, label, name))
-        if len(self._rows) == ROWS_PER_BATCH:
-            self._write_batch()
-        if self._rows_in_file == ROWS_PER_SHARD:
-            self._finish_file()
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.digest, self.size = hashlib.sha256(), 0
 
-    def close(self) -> list[ShardFile]:
-        """Finish the last file; return all of them, in the order of their rows."""
-        if self._rows:
-            self._write_batch()
-        if self._writer is not None:
-            self._finish_file()
-        return self.files
+    def write(self, data: pa.Buffer | bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
 
-    def _write_batch(self) -> None:
-        if self._writer is None:
-            self._path = self.folder / f"{self.split}-{len(self.files):05d}.arrow"
-            self._temporary = self._path.with_name(self._path.name + ".tmp")
-            self._sink = open(self._temporary, "wb")
-            self._writer = pa.ipc.new_file(self._sink, SCHEMA)
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*self._rows), SCHEMA)]
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        self._rows_in_file += len(self._rows)
-        self._rows.clear()
-
-    def _finish_file(self) -> None:
-        self._writer.close()
-        self._sink.flush()
-        os.fsync(self._sink.fileno())
-        self._sink.close()
-        size, digest = self._temporary.stat().st_size, sha256_of(self._temporary)
-        os.replace(self._temporary, self._path)
-        sync_folder(self.folder)
-        self.files.append(ShardFile(self._path.name, self._rows_in_file, size, digest))
-        self._writer, self._rows_in_file = None, 0
+    def flush(self) -> None:
+        self._file.flush()
 
 
 class ShardImages:
     """The images of one split, in stored order, as views of memory-mapped files (nothing is copied).
 
-    `labels` is int32 [len]; `encoded(i)` is a read-only uint8 view of image i's JPEG bytes.
+    `labels` is int32 [len]. `stored(i)` is a read-only uint8 view: image i's JPEG bytes where `store` is "jpeg", its
+    pixels [256, 256, 3] in RGB where it is "raw".
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str):
+        """Raises DataError for a split that is not there, and for shards that are not what the manifest counts."""
+        if split not in manifest.splits:
+            raise DataError(f"{folder}: has no {split} images, only {' and '.join(manifest.splits)}")
+        self.store = manifest.store
         self._data: list[np.ndarray] = []  # one a record batch: all its images' bytes
-        self._offsets: list[np.ndarray] = []  # int64 [rows + 1]
         self._names: list[pa.Array] = []
-        labels, first_row = [np.empty(0, np.int32)], [0]
+        labels, starts, stops, first_row = [np.empty(0, np.int32)], [], [], [0]
         for file in manifest.splits[split].files:
             path = Path(folder) / file.name
-            try:
-                reader = pa.ipc.open_file(pa.memory_map(str(path)))
-                batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-                if reader.schema != SCHEMA:
-                    raise pa.ArrowInvalid("other columns than image, label, name")
-                for batch in batches:
-                    batch.validate(full=True)
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{path}: not a readable shard ({error}); restore it or preprocess again") from None
-            for batch in batches:
+            for batch in read_batches(path):
                 _, offsets, data = batch.column("image").buffers()
-                self._offsets.append(np.frombuffer(offsets, np.int64)[: batch.num_rows + 1])
+                offsets = np.frombuffer(offsets, np.int64)[: batch.num_rows + 1]
+                if self.store == "raw" and (np.diff(offsets) != RAW_BYTES).any():
+                    raise DataError(f"{path}: an image is not {RAW_BYTES} bytes; restore it or preprocess again")
                 self._data.append(np.frombuffer(data, np.uint8))
                 self._names.append(batch.column("name"))
                 labels.append(batch.column("label").to_numpy())
+                starts.append(offsets[:-1])
+                stops.append(offsets[1:])
                 first_row.append(first_row[-1] + batch.num_rows)
         self.labels = np.concatenate(labels)
         self._first_row = np.array(first_row)
@@ -115,19 +97,38 @@ class ShardImages:
         ):
             raise DataError(f"{folder}: the labels of {split} are not those that its manifest counts; "
                             "restore it or preprocess again")
+        self._starts, self._stops = np.concatenate(starts or [[]]), np.concatenate(stops or [[]])  # in their batch
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def encoded(self, index: int) -> np.ndarray:
-        batch, row = self._locate(index)
-        start, stop = self._offsets[batch][row : row + 2]
-        return self._data[batch][start:stop]
+    def stored(self, index: int) -> np.ndarray:
+        return self.stored_batch(np.array([index]))[0]
+
+    def stored_batch(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Return the view of each image."""
+        batches = np.searchsorted(self._first_row, indices, side="right") - 1
+        places = zip(batches.tolist(), self._starts[indices].tolist(), self._stops[indices].tolist())
+        views = [self._data[batch][start:stop] for batch, start, stop in places]
+        return [view.reshape(RAW_SHAPE) for view in views] if self.store == "raw" else views
 
     def name(self, index: int) -> str:
-        batch, row = self._locate(index)
-        return self._names[batch][row].as_py()
-
-    def _locate(self, index: int) -> tuple[int, int]:
         batch = int(np.searchsorted(self._first_row, index, side="right")) - 1
-        return batch, int(index) - int(self._first_row[batch])
+        return self._names[batch][int(index) - int(self._first_row[batch])].as_py()
+
+
+def read_batches(path: Path) -> list[pa.RecordBatch]:
+    """Return the memory-mapped record batches of a shard; DataError where it is none."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        if reader.schema != SCHEMA:
+            raise pa.ArrowInvalid("other columns than image, label, name")
+        for batch in batches:
+            batch.validate(full=True)
+            if any(column.null_count for column in batch.columns):
+                raise pa.ArrowInvalid("an empty field")
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not a readable shard ({reason}); restore it or preprocess again") from None
+    return batches

@@ -26,7 +26,7 @@ class WorkerLost(RuntimeError):
 class Workers:
     """A context manager; whatever happens inside it, no process is left afterwards.
 
-    `function` and its argument must be picklable, and `function` is not expected to raise.
+    `function`, its arguments and results must be picklable, and so must what it raises.
     """
 
     def __init__(self, number: int, function: Callable[[Any], Any]):
@@ -57,7 +57,7 @@ class Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             if before is None:
-                del os.environ["OPENBLAS_NUM_THREADS"]
+                os.environ.pop("OPENBLAS_NUM_THREADS", None)
             else:
                 os.environ["OPENBLAS_NUM_THREADS"] = before
 
@@ -74,18 +74,21 @@ class Workers:
             self._free.get().close()
 
     def submit(self, argument: Any) -> Future:
-        """Return the future result of `function(argument)`; WorkerLost is what it raises."""
+        """Return the future result of `function(argument)`; it raises what that raises, or WorkerLost."""
         return self._threads.submit(self._call, argument)
 
     def _call(self, argument: Any) -> Any:
         connection = self._free.get()
         try:
             connection.send_bytes(pickle.dumps(argument))  # send() leaves a buffer locked where it fails
-            return connection.recv()
+            raised, result = connection.recv()
         except (EOFError, OSError):
             raise WorkerLost("a worker process was killed, most likely for want of memory") from None
         finally:
             self._free.put(connection)
+        if raised:
+            raise result
+        return result
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
@@ -94,7 +97,10 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
             argument = connection.recv()
         except (EOFError, OSError):
             return  # the parent is gone
-        result = function(argument)
+        try:
+            result = False, function(argument)
+        except Exception as error:
+            result = True, error
         try:
             connection.send(result)
         except OSError:

@@ -73,7 +73,9 @@ def test_shards_are_not_overwritten(archives, tmp_path):
     out = tmp_path / "shards"
     alexnet("preprocess", archives, out, "--workers", 1)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    fails("already holds shards", "preprocess", archives, out)
+    fails("already holds shards, of another source or with other options", "preprocess", archives, out, "--seed", 1)
+    fails("already holds shards", "preprocess", archives, out, "--store", "raw")
+    assert alexnet("preprocess", archives, out).exit_code == 0  # nothing is left to do
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
@@ -88,7 +90,7 @@ def test_an_image_of_zero_bytes_is_listed_and_left_out(tmp_path):
     assert done.exit_code == 0
     assert "2 train, 2 val images of 1 classes; 1 left out" in done.stdout
     (entry,) = (json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
-    assert entry["name"].endswith("empty.JPEG") and entry["reason"] == "empty file"
+    assert entry["member"].endswith("empty.JPEG") and entry["reason"] == "empty file"
 
 
 def test_unknown_recipe(tmp_path):
@@ -97,7 +99,7 @@ def test_unknown_recipe(tmp_path):
 
 def test_help_names_every_command():
     shown = alexnet("--help").stdout
-    for command in ("sample", "preprocess", "verify", "train", "evaluate", "bench"):
+    for command in ("sample", "inspect", "preprocess", "verify", "train", "evaluate", "bench"):
         assert command in shown
 
 
@@ -142,3 +144,30 @@ def small_shards(archives, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("small") / "shards"
     assert alexnet("preprocess", archives, out, "--workers", 1).exit_code == 0
     return out
+
+
+def test_inspect_says_what_there_is_and_writes_nothing(source, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = alexnet("inspect", source)
+    assert done.exit_code == 0 and done.stdout.splitlines() == [
+        f"{source}: ilsvrc2012, 10 classes", "  train: 30 images of 10 classes, 3 to 3 each",
+        "  val: 10 images of 10 classes, 1 to 1 each",
+    ]
+    found = json.loads(alexnet("inspect", source, "--json").stdout)
+    assert found["layout"] == "ilsvrc2012" and found["splits"]["train"] == {
+        "images": 30, "refused": 0, "classes": 10, "fewest": 3, "most": 3
+    }
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_archives_that_are_not_the_published_ones(source, tmp_path):
+    for command in (["inspect", source], ["preprocess", source, tmp_path / "out"]):
+        fails("published is ", *command, "--check-md5")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_layout_names_those_that_are_known(tmp_path):
+    (tmp_path / "notes.txt").write_text("no images")
+    for layout in ("ilsvrc2012", "ilsvrc2010", "kaggle", "tiny-imagenet", "hugging-face-parquet", "synset-tars",
+                   "webdataset", "class-folders"):
+        fails(layout, "inspect", tmp_path)

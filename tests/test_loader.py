@@ -17,9 +17,11 @@ from reference_pixels import decoded, view
 
 from pipeline.batches import CENTRE, TEN_VIEWS, Lighting, TrainingBatches
 from pipeline.errors import DataError
+from pipeline.graph import MeanCrops
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.manifest import Manifest, ShardFile, Split, SynsetClass
-from pipeline.shards import ShardImages, ShardWriter
+from pipeline.shards import ShardImages, write_shard
+from pipeline.storage import LocalStorage
 
 # Values reach 512 in float32 (a unit in the last place there: 3e-5), rounded two or three times. On the CPU the
 # decoders themselves agree bit for bit: both are libjpeg-turbo with its exact inverse DCT and interpolated ("fancy")
@@ -50,20 +52,29 @@ def counts_of(images: int) -> list[int]:
     return [1, 0, 0] * images
 
 
-def packed(folder: Path, jpegs: list[bytes]) -> ShardImages:
-    """Image i has label 3 i and the name image-i."""
-    writer = ShardWriter(folder, "train")
-    for i, jpeg in enumerate(jpegs):
-        writer.add(jpeg, 3 * i, f"image-{i}")
-    split = Split(len(jpegs), counts_of(len(jpegs)), writer.close())
-    classes, mean = [SynsetClass("n00000000", "blot")], ShardFile("mean.npy", 1, 0, "")
-    manifest = Manifest("class-folders", "jpeg", classes, {"train": split}, 0, mean, [0.0] * 3, np.eye(3).tolist())
+def shards_of(folder: Path, files: list[ShardFile], images: int, store: str = "jpeg") -> ShardImages:
+    splits = {"train": Split(images, 0, counts_of(images), files)}
+    manifest = Manifest("class-folders", store, "", 0, 0.0, "", [SynsetClass("n00000000", "blot")], splits,
+                        ShardFile("mean.npy", 1, 0, ""), [0.0] * 3, np.eye(3).tolist())
     return ShardImages(folder, manifest, "train")
+
+
+def packed(folder: Path, stored: list[bytes], store: str = "jpeg") -> ShardImages:
+    """Image i has label 3 i and the name image-i."""
+    labels, names = [3 * i for i in range(len(stored))], [f"image-{i}" for i in range(len(stored))]
+    file = write_shard(LocalStorage(folder), "train-00000.arrow", stored, labels, names)
+    return shards_of(folder, [file], len(stored), store)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ShardImages:
     return packed(tmp_path_factory.mktemp("shards"), [made_jpeg(i) for i in range(IMAGES)])
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> ShardImages:
+    """The pixels of `images`."""
+    return packed(tmp_path_factory.mktemp("raw"), [decoded(made_jpeg(i)).tobytes() for i in range(IMAGES)], "raw")
 
 
 @pytest.fixture
@@ -96,7 +107,7 @@ def test_training_pixels_are_the_references(images, batches, scale):
         assert_is_for_the_network(pixels, labels, (5, 3, 224, 224))
         assert labels.tolist() == (3 * batch.indices).tolist()
         for n, i in enumerate(batch.indices):
-            expected = view(images.encoded(i), MEAN, batch.anchors[n], batch.flips[n], batch.shifts[n], scale)
+            expected = view(images.stored(i), MEAN, batch.anchors[n], batch.flips[n], batch.shifts[n], scale)
             np.testing.assert_allclose(pixels[n].numpy(), expected, rtol=0, atol=ROUNDING * scale)
             seen.add((int(i) % 5, bool(batch.flips[n])))
     assert len(seen) == 10  # every way of storing, flipped and not
@@ -119,10 +130,31 @@ def test_order_of_mean_shift_and_flip(tmp_path):
             np.testing.assert_allclose(pixels[n, colour, 50].numpy(), expected, atol=2 * ROUNDING)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1 / 64])
+def test_raw_pixels_make_the_batches_that_their_jpegs_make(images, raw, batches, scale):
+    of_jpegs = take(TrainingLoader(images, MEAN, batches, scale=scale, threads=2), 8)
+    assert_same(take(TrainingLoader(raw, MEAN, batches, scale=scale, threads=2), 8), of_jpegs)
+    for views in ("centre", "ten"):
+        settings = {"views": views, "batch_size": 8, "scale": scale}
+        found = list(EvaluationLoader(raw, MEAN, **settings))
+        assert len(found) == 3
+        assert_same(found, list(EvaluationLoader(images, MEAN, **settings)))
+
+
+def test_every_crop_of_the_mean_is_a_contiguous_view():
+    anchors = np.array([[0, 0], [32, 32], [5, 31], [7, 0]])
+    flips = np.array([False, True, True, False])
+    crops = MeanCrops(MEAN, 224)
+    for crop, again, (y, x), flip in zip(crops.at(anchors, flips), crops.at(anchors, flips), anchors, flips):
+        window = MEAN[y : y + 224, x : x + 224]
+        np.testing.assert_array_equal(crop, window[:, ::-1] if flip else window)
+        assert crop.flags.c_contiguous and np.shares_memory(crop, again)
+
+
 def test_decoders_agree_to_the_bit(images):
     pixels = torch.cat([pixels for pixels, _ in EvaluationLoader(images, ZERO_MEAN, batch_size=8)])
     for i in range(IMAGES):
-        expected = decoded(images.encoded(i))[16:240, 16:240]
+        expected = decoded(images.stored(i))[16:240, 16:240]
         np.testing.assert_array_equal(pixels[i].permute(1, 2, 0).numpy(), expected, err_msg=f"image {i}")
 
 
@@ -137,7 +169,7 @@ def test_evaluation_sees_every_view_of_every_image_once(images, name, views):
     pixels = torch.cat([pixels for pixels, _ in found])
     for i in range(IMAGES):
         for n, (anchor, flip) in enumerate(zip(*views)):
-            expected = view(images.encoded(i), MEAN, anchor, flip, scale=0.5)
+            expected = view(images.stored(i), MEAN, anchor, flip, scale=0.5)
             np.testing.assert_allclose(pixels[i * v + n].numpy(), expected, rtol=0, atol=ROUNDING)
 
 
@@ -185,14 +217,11 @@ def test_damaged_images_are_named(tmp_path, capfd):
     shard = tmp_path / "train-00000.arrow"
     raw = shard.read_bytes()
     for i in (5, 6):
-        assert raw.count(images.encoded(i).tobytes()) == 1
-        raw = raw.replace(images.encoded(i).tobytes(), bytes(len(images.encoded(i))))
-    files = [ShardFile(shard.name, 8, len(raw), "")]
+        assert raw.count(images.stored(i).tobytes()) == 1
+        raw = raw.replace(images.stored(i).tobytes(), bytes(len(images.stored(i))))
     shard.with_name("other").write_bytes(raw)
     os.replace(shard.with_name("other"), shard)  # a new file: `images` still maps the old one
-    splits = {"train": Split(8, counts_of(8), files)}
-    manifest = Manifest("class-folders", "jpeg", [], splits, 0, files[0], [0.0] * 3, np.eye(3).tolist())
-    damaged = ShardImages(tmp_path, manifest, "train")
+    damaged = shards_of(tmp_path, [ShardFile(shard.name, 8, len(raw), "")], 8)
 
     found = []
     with pytest.raises(DataError, match=r"^image-5, image-6: .*`alexnet verify`") as caught:
@@ -242,6 +271,7 @@ def test_waiting_is_counted(images, batches):
     with TrainingLoader(images, MEAN, batches) as loader:
         assert loader.wait_s == 0
         next(loader)
+        assert 0 < loader.source_s < loader.wait_s
         first = loader.wait_s
         next(loader)
         assert 0 < first < loader.wait_s
@@ -262,16 +292,15 @@ def test_what_does_not_fit_is_refused(images, batches):
 
 
 def test_no_images_no_batches(tmp_path):
-    files = packed(tmp_path, [made_jpeg(0)])
-    assert len(files) == 1
-    manifest = Manifest("class-folders", "jpeg", [], {"val": Split(0, [], [])}, 0, ShardFile("", 0, 0, ""), [], [])
-    loader = EvaluationLoader(ShardImages(tmp_path, manifest, "val"), MEAN)
+    loader = EvaluationLoader(shards_of(tmp_path, [], 0), MEAN)
     assert len(loader) == 0 and list(loader) == []
 
 
 @pytest.mark.gpu
-def test_gpu_pixels_are_the_cpus(images, batches):
+@pytest.mark.parametrize("store", ["images", "raw"])
+def test_gpu_pixels_are_the_cpus(store, batches, request):
     """GPU decoders round the inverse DCT and the colours differently: a few levels in some pixels."""
+    images = request.getfixturevalue(store)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         on_gpu = take(TrainingLoader(images, MEAN, batches, device="cuda", threads=2), 8)

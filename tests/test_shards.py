@@ -13,17 +13,10 @@ import pytest
 
 from pipeline import shards
 from pipeline.errors import DataError
-from pipeline.manifest import (
-    Manifest,
-    ShardFile,
-    Split,
-    SynsetClass,
-    check_files,
-    load_manifest,
-    sha256_of,
-    write_durably,
-)
-from pipeline.shards import ShardImages, ShardWriter
+from pipeline.files import sha256_of, write_durably
+from pipeline.manifest import Manifest, ShardFile, Split, SynsetClass, check_files, load_manifest
+from pipeline.shards import ShardImages, write_shard
+from pipeline.storage import LocalStorage
 
 ROWS = 21  # two files of eight and one of five
 
@@ -32,24 +25,23 @@ def row(i: int) -> tuple[bytes, int, str]:
     return bytes([i]) * (i + 1), i % 3, f"n{i:08d}/ä{i}.JPEG"
 
 
+def write(folder: Path, name: str, rows: range) -> ShardFile:
+    return write_shard(LocalStorage(folder), name, *zip(*map(row, rows)))
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "ROWS_PER_BATCH", 4)
-        patch.setattr(shards, "ROWS_PER_SHARD", 8)
-        splits = {}
-        for split, rows in (("train", range(ROWS)), ("val", range(3))):
-            with ShardWriter(folder, split) as writer:
-                for i in rows:
-                    writer.add(*row(i))
-                files = writer.close()
-            labels = [row(i)[1] for i in rows]
-            splits[split] = Split(len(rows), np.bincount(labels, minlength=3).tolist(), files)
+        files = [write(folder, f"train-{n:05d}.arrow", range(8 * n, min(ROWS, 8 * n + 8))) for n in range(3)]
+        splits = {"train": Split(ROWS, 2, [7, 7, 7], files),
+                  "val": Split(3, 0, [1, 1, 1], [write(folder, "val-00000.arrow", range(3))])}
     write_durably(folder / "mean.npy", b"mean")
     mean = ShardFile("mean.npy", ROWS, 4, sha256_of(folder / "mean.npy"))
     classes = [SynsetClass(f"n{i:08d}", f"word {i}") for i in range(3)]
-    Manifest("class-folders", "none", classes, splits, 0, mean, [1.0, 2.0, 3.0], np.eye(3).tolist()).save(folder)
+    Manifest("class-folders", "jpeg", "none", 0, 0.0, "", classes, splits, mean, [1.0, 2.0, 3.0],
+             np.eye(3).tolist()).save(LocalStorage(folder))
     return folder
 
 
@@ -70,20 +62,20 @@ def test_rows_come_back_in_order_from_several_files(written):
     assert len(images) == ROWS and images.labels.dtype == np.int32
     for i in (*range(ROWS), np.int64(7), np.int64(8)):
         data, label, name = row(int(i))
-        assert images.encoded(i).tobytes() == data and images.labels[i] == label and images.name(i) == name
+        assert images.stored(i).tobytes() == data and images.labels[i] == label and images.name(i) == name
     assert len(ShardImages(written, manifest, "val")) == 3
 
 
 def test_images_are_read_only_views_of_the_files(written):
     images = ShardImages(written, load_manifest(written)[0], "train")
-    view = images.encoded(5)
+    view = images.stored(5)
     assert not view.flags.owndata and not view.flags.writeable and view.dtype == np.uint8
-    assert np.shares_memory(view, images.encoded(5))
+    assert np.shares_memory(view, images.stored(5))
 
 
 def test_manifest_survives_saving(written, tmp_path):
     manifest, digest = load_manifest(written)
-    manifest.save(tmp_path)
+    manifest.save(LocalStorage(tmp_path))
     again, same_digest = load_manifest(tmp_path)
     assert again == manifest and same_digest == digest
     assert again.classes[2] == SynsetClass("n00000002", "word 2") and again.rgb_covariance[1] == [0, 1, 0]
@@ -93,12 +85,29 @@ def test_check_accepts_what_was_written(written):
     check_files(written, load_manifest(written)[0].files())
 
 
-def test_unfinished_file_keeps_its_temporary_name(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train") as writer:
-        for i in range(shards.ROWS_PER_BATCH):
-            writer.add(b"x", 0, "x")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["train-00000.arrow.tmp"]
+def test_a_shard_that_fails_half_way_leaves_what_was_there(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(pa.ArrowException):  # a label that is none, in the second batch
+        write_shard(LocalStorage(folder), "val-00000.arrow", [b"x"] * 129, [0] * 128 + ["x"], ["x"] * 129)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_raw_pixels_are_views_too(tmp_path, written):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3), np.uint8)
+    file = write_shard(LocalStorage(tmp_path), "train-00000.arrow", [one.tobytes() for one in pixels], [0, 1, 2], "abc")
+    manifest = dataclasses.replace(load_manifest(written)[0], store="raw",
+                                   splits={"train": Split(3, 0, [1, 1, 1], [file])})
+    images = ShardImages(tmp_path, manifest, "train")
+    for i, view in enumerate(images.stored_batch(np.array([0, 1, 2]))):
+        assert (view == pixels[i]).all() and not view.flags.owndata and not view.flags.writeable
+    with pytest.raises(DataError, match="has no val images"):
+        ShardImages(tmp_path, manifest, "val")
+
+
+def test_raw_pixels_of_another_size_are_refused(written):
+    manifest = dataclasses.replace(load_manifest(written)[0], store="raw")
+    with pytest.raises(DataError, match="train-00000.arrow: an image is not 196608 bytes"):
+        ShardImages(written, manifest, "train")
 
 
 def cut(path: Path) -> None:
@@ -158,6 +167,8 @@ def test_no_manifest_says_how_to_make_one(tmp_path):
 @pytest.mark.parametrize("change", [
     lambda fields: fields.pop("classes"),
     lambda fields: fields["splits"].pop("val"),
+    lambda fields: fields["splits"].update(more=fields["splits"]["val"]),
+    lambda fields: fields.update(store="png"),
     lambda fields: fields.update(unknown=1),
     lambda fields: fields.update(rgb_covariance=[1, 2, 3]),
     lambda fields: fields["mean"].update(name="../mean.npy"),
@@ -183,5 +194,5 @@ def test_manifest_that_is_no_json_object_is_refused(tmp_path, text):
 def test_manifest_of_another_format_is_refused(folder):
     fields = dataclasses.asdict(load_manifest(folder)[0])
     (folder / "manifest.json").write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(DataError, match="format 99, this program reads 1"):
+    with pytest.raises(DataError, match="format 99, this program reads 2"):
         load_manifest(folder)

@@ -5,64 +5,66 @@ This is how ImageFolder and its kin want ImageNet, and how its subsets are publi
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.manifest import SPLITS, SynsetClass
-from pipeline.sources.archives import entries, open_tar
-from pipeline.sources.source import SourceImage
+from pipeline.sources.archives import TAR_SUFFIXES, TOO_LARGE, Member, open_tar, shown
+from pipeline.sources.folders import checked_class_name, class_folders, files_in, first_few
+from pipeline.sources.source import Entry
+from pipeline.sources.words import LOC_SYNSET_MAPPING, SYNSET_WORDS, WORDS, read_words
 
-WORDS_FILES = ("synset_words.txt", "words.txt")  # lines "wnid words"
-ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tar.gz")
+SPLIT_OF_FOLDER = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+
+_NO_VAL = "val/, the validation images: some of the training images are held out for them"
+_UNSORTED_VAL = "sort its images into folders named like those of train/, or remove it"
 
 
 class ClassFolders:
-    """A folder with train/ and val/. Images come class by class, sorted by wnid, then by file name."""
+    """A folder with train/ and, it may be, val/ (or validation/) and test/.
+
+    Images come class by class, sorted by wnid, then by file name. Links are followed. A list of words beside train/ is
+    read, if there is one.
+    """
 
     layout = "class-folders"
+    LOOKS_LIKE = "a folder with train/CLASS/* and val/CLASS/*"
 
     @staticmethod
     def matches(path: Path) -> bool:
-        return any((path / split).is_dir() for split in SPLITS)
+        return any((path / name).is_dir() for name, split in SPLIT_OF_FOLDER.items() if split != "test")
 
     def __init__(self, path: Path):
-        """Raises DataError where a split is missing or val has a class that train has not."""
-        self.path = path
-        wnids = {split: [entry.name for entry in self._visible(path / split) if entry.is_dir()]
-                 for split in SPLITS if (path / split).is_dir()}
-        self.classes = _classes(path, wnids, _read_words(path))
-        self._wnids = wnids
+        """Raises DataError where train has no class, or another split has a class that train has not."""
+        self.path = self.root = path
+        self._wnids: dict[str, list[str]] = {}  # by split
+        self._folders: dict[str, str] = {}  # by split
+        test_without_classes = ()
+        for folder, split in SPLIT_OF_FOLDER.items():
+            if not (path / folder).is_dir():
+                continue
+            if split in self._folders:
+                raise DataError(f"{path}: holds both {self._folders[split]}/ and {folder}/: remove one")
+            wnids = class_folders(path / folder)
+            if wnids:
+                self._wnids[split], self._folders[split] = wnids, folder
+            elif split == "val":
+                raise DataError(f"{path / folder}: holds no class folders: {_UNSORTED_VAL}")
+            elif split == "test":
+                test_without_classes = ("the test images' classes: they are left out",)
+        self.splits = _splits(path, self._wnids)
+        self.missing = (() if "val" in self.splits else (_NO_VAL,)) + test_without_classes
+        lists = [path / name for name in (SYNSET_WORDS, WORDS, LOC_SYNSET_MAPPING) if (path / name).is_file()][:1]
+        self.archives = tuple(lists)
+        wnids = self._wnids["train"]
+        words = read_words(lists[0], wnids) if lists else {}
+        self.classes = [SynsetClass(wnid, words.get(wnid, "")) for wnid in wnids]
 
-    def count(self, split: str) -> int:
-        return sum(1 for wnid in self._wnids[split] for _ in self._files(self.path / split / wnid))
-
-    def read(self, split: str) -> Iterator[SourceImage]:
-        label_of_wnid = {c.wnid: label for label, c in enumerate(self.classes)}
+    def entries(self, split: str) -> Iterator[Entry]:
+        label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids["train"])}
         for wnid in self._wnids[split]:
-            for entry in self._files(self.path / split / wnid):
-                name, label = f"{split}/{wnid}/{entry.name}", label_of_wnid[wnid]
-                if not entry.is_file():  # a pipe or a device would block, a link may lead nowhere
-                    yield SourceImage(name, label, b"", "not a plain file")
-                    continue
-                try:
-                    data = Path(entry.path).read_bytes()
-                except OSError as error:
-                    raise DataError(f"{entry.path}: cannot be read ({error.strerror}): mend or remove it") from None
-                yield SourceImage(name, label, data)
-
-    def _files(self, folder: Path) -> list[os.DirEntry]:
-        return [entry for entry in self._visible(folder) if not entry.is_dir()]
-
-    @staticmethod
-    def _visible(folder: Path) -> list[os.DirEntry]:
-        try:
-            with os.scandir(folder) as found:
-                return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+            yield from files_in(self.root, f"{self._folders[split]}/{wnid}", label_of_wnid[wnid])
 
 
 class ClassFolderArchive:
@@ -72,69 +74,78 @@ class ClassFolderArchive:
     """
 
     layout = "class-folders"
+    LOOKS_LIKE = "a tar of such folders"
 
     @staticmethod
     def matches(path: Path) -> bool:
-        return path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES)
+        return path.is_file() and path.name.endswith(TAR_SUFFIXES)
 
     def __init__(self, path: Path):
-        """Raises DataError where it is damaged, a split is missing or val has a class that train has not."""
-        self.path = path
-        self._counts = {split: Counter() for split in SPLITS}
-        tops = set()
-        with open_tar(path) as tar:
-            for member, refused in entries(tar):
-                if not refused and (place := _place(member.name)) is not None:
-                    top, split, wnid = place
-                    tops.add(top)
-                    self._counts[split][wnid] += 1
+        """Raises DataError where it is damaged, holds more than one data set, has no class in train, or another split
+        has a class that train has not."""
+        self.path, self.root, self.archives = path, path.parent, (path,)
+        wnids: dict[str, set[str]] = {}
+        tops, val_folders, unsorted = set(), set(), ""
+        for member, place in self._members():
+            if member.refused:
+                continue
+            if place is None:
+                folders = member.name.rpartition("/")[0]
+                if SPLIT_OF_FOLDER.get(folders.rpartition("/")[2]) == "val":
+                    unsorted = folders
+                continue
+            top, folder, wnid = place
+            split = SPLIT_OF_FOLDER[folder]
+            found = wnids.setdefault(split, set())
+            if wnid not in found:
+                found.add(checked_class_name(wnid, path))
+            tops.add(top)
+            if split == "val":
+                val_folders.add(folder)
         if len(tops) > 1:
             first, second = sorted(tops)[:2]
-            raise DataError(f"{path}: holds more than one data set ({first}/ and {second}/): unpack it and "
-                            "give the folder of one")
-        self.classes = _classes(path, {split: found for split, found in self._counts.items() if found}, {})
+            raise DataError(f"{path}: holds more than one data set ({shown(first)}/ and {shown(second)}/): unpack it "
+                            "and give the folder of one")
+        if len(val_folders) > 1:
+            raise DataError(f"{path}: holds both val/ and validation/: unpack it and remove one")
+        if unsorted and not val_folders:
+            raise DataError(f"{path}: {shown(unsorted)}/ holds no class folders: unpack it, and {_UNSORTED_VAL}")
+        self.splits = _splits(path, wnids)
+        self.missing = () if "val" in self.splits else (_NO_VAL,)
+        self.classes = [SynsetClass(wnid, "") for wnid in sorted(wnids["train"])]
 
-    def count(self, split: str) -> int:
-        return sum(self._counts[split].values())
-
-    def read(self, split: str) -> Iterator[SourceImage]:
+    def entries(self, split: str) -> Iterator[Entry]:
         label_of_wnid = {c.wnid: label for label, c in enumerate(self.classes)}
+        for member, place in self._members():
+            # What may not be read and belongs to no split is told of with the first one.
+            if split != (SPLIT_OF_FOLDER[place[1]] if place else SPLITS[0]) or (place is None and not member.refused):
+                continue
+            label = label_of_wnid.get(place[2], -1) if place else -1
+            if label < 0 and not member.refused:
+                raise DataError(f"{self.path}: holds {shown(member.name)}, which was not there before: run again")
+            yield Entry(self.path.name, member.name, label, member.offset, member.size, member.refused)
+
+    def _members(self) -> Iterator[tuple[Member, tuple[str, str, str] | None]]:
+        """Yield what the archive holds, but for hidden files, with its place: (top, "train", wnid) for
+        [top/]train/<wnid>/<file>, None for others."""
         with open_tar(self.path) as tar:
-            for member, refused in entries(tar):
-                place = _place(member.name)
-                if refused:  # one that belongs to no split is reported with the first
-                    if split == (place[1] if place else SPLITS[0]):
-                        yield SourceImage(member.name, label_of_wnid.get(place[2], -1) if place else -1, b"", refused)
-                elif place and place[1] == split:
-                    yield SourceImage(member.name, label_of_wnid[place[2]], tar.extractfile(member).read())
+            for member in tar.members():
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                *top, folder, wnid, file = ["", "", "", *parts]
+                if file.startswith("."):
+                    continue
+                if folder in SPLIT_OF_FOLDER and not wnid.startswith("."):
+                    yield member, ("/".join(filter(None, top)), folder, wnid)
+                elif member.refused != TOO_LARGE:  # a large file elsewhere is no image
+                    yield member, None
 
 
-def _place(name: str) -> tuple[str, str, str] | None:
-    """Split [top/]train/<wnid>/<file> into (top, "train", wnid); None for other and for hidden files."""
-    *top, split, wnid, file = ("", "", "", *PurePosixPath(name).parts)
-    if split not in SPLITS or file.startswith(".") or wnid.startswith("."):
-        return None
-    return "/".join(filter(None, top)), split, wnid
-
-
-def _classes(path: Path, wnids: dict[str, Iterable[str]], words: dict[str, str]) -> list[SynsetClass]:
-    for split in SPLITS:
-        if not wnids.get(split):
-            raise DataError(f"{path}: holds no {split}/<wnid>/ folders with images; both train/ and val/ are needed")
-    unknown = sorted(set(wnids["val"]) - set(wnids["train"]))
-    if unknown:
-        raise DataError(f"{path}: {len(unknown)} classes of val/ are not in train/ ({unknown[0]}, ...): "
-                        "complete train/ or remove them")
-    return [SynsetClass(wnid, words.get(wnid, "")) for wnid in sorted(wnids["train"])]
-
-
-def _read_words(folder: Path) -> dict[str, str]:
-    for name in WORDS_FILES:
-        try:
-            lines = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise DataError(f"{folder / name}: cannot be read ({error.strerror})") from None
-        return {wnid: words.strip() for wnid, _, words in (line.replace("\t", " ").partition(" ") for line in lines)}
-    return {}
+def _splits(path: Path, wnids: Mapping[str, Collection[str]]) -> tuple[str, ...]:
+    """Return the splits that have classes; DataError where those of train are not all."""
+    if "train" not in wnids:
+        raise DataError(f"{path}: holds no train/<class>/ folders with images: add them")
+    for split, found in wnids.items():
+        if unknown := set(found) - set(wnids["train"]):
+            raise DataError(f"{path}: {len(unknown)} classes of {split}/ are not in train/ ({first_few(unknown)}): "
+                            "complete train/ or remove them")
+    return tuple(split for split in SPLITS if split in wnids)

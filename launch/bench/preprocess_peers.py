@@ -1,0 +1,68 @@
+"""What packing is measured against. Both work on whole files of images, in processes that are ready before the clock
+starts; broken files are passed over."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import cv2
+import simplejpeg
+from PIL import Image
+
+from pipeline.images import QUALITY
+from pipeline.manifest import IMAGE_SIZE
+
+
+def bare_loop(files: Sequence[Path], processes: int) -> float:
+    """Images per second of decode, resize and encode alone: libjpeg-turbo and OpenCV, nothing kept."""
+    return _rate(_bare, files, processes)
+
+
+def usual_script(files: Sequence[Path], processes: int, filter_name: str, out: Path) -> float:
+    """Images per second of Pillow: decode, rescale the shorter side, cut the centre, save as JPEG."""
+    out.mkdir(exist_ok=True)
+    return _rate(partial(_usual, out, filter_name), files, processes)
+
+
+def _rate(function: Callable[[Sequence[Path]], object], files: Sequence[Path], processes: int) -> float:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(function, [files[:2]] * processes * 2, chunksize=1)  # imports, warm caches
+        began = time.perf_counter()
+        pool.map(function, [files[i::processes] for i in range(processes)], chunksize=1)
+        return len(files) / (time.perf_counter() - began)
+
+
+def _bare(files: Sequence[Path]) -> None:
+    cv2.setNumThreads(1)
+    for path in files:
+        try:
+            pixels = simplejpeg.decode_jpeg(path.read_bytes())
+        except ValueError:
+            continue
+        height, width, _ = pixels.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = pixels[top : top + side, left : left + side]
+        interpolation = cv2.INTER_AREA if side > IMAGE_SIZE else cv2.INTER_CUBIC
+        simplejpeg.encode_jpeg(cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=interpolation), QUALITY,
+                               "RGB", "420")
+
+
+def _usual(out: Path, filter_name: str, files: Sequence[Path]) -> None:
+    resampling = Image.Resampling[filter_name]
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except OSError:
+            continue
+        scale = IMAGE_SIZE / min(image.size)
+        width, height = (max(IMAGE_SIZE, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), resampling)
+        left, top = (width - IMAGE_SIZE) // 2, (height - IMAGE_SIZE) // 2
+        image = image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
+        image.save(out / f"{path.stem}.jpg", quality=QUALITY)

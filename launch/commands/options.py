@@ -1,0 +1,42 @@
+"""Kinds of arguments that several commands take."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+
+
+class Number(click.FloatRange):
+    """A number in a range; click's own takes NaN, which is in none."""
+
+    def convert(self, value, param, ctx) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
+
+def process_options(command):
+    """Options of every command that runs the network, in one process or under torchrun."""
+    for option in reversed((
+        click.option("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where there is one."),
+        click.option("--transport", default="rpc", show_default=True,
+                     type=click.Choice(["rpc", "rpc-staged", "gloo", "nccl"]),
+                     help="How two towers exchange; rpc-staged: RPC through the CPU's memory."),
+        click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=Number(1, 86400),
+                     help="Seconds after which a silent peer ends the run."),
+        click.option("--threads", type=click.IntRange(1, 1024),
+                     help="CPU threads for arithmetic, and as many for DALI; default: a fair share of the cores."),
+    )):
+        command = option(command)
+    return command
+
+
+def cache_option(command):
+    """Where shards of an object store are copied to."""
+    return click.option("--cache", type=FOLDER, help="Folder for copies of shards that lie in an object store; "
+                        "default: ~/.cache/alexnet.")(command)

@@ -1,0 +1,46 @@
+"""What torchrun and the kernel tell a process of itself; without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+
+from launch.errors import UserError
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def from_environment(name: str, default: int, least: int, most: int) -> int:
+    """Return a number that torchrun sets; UserError for what is none."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
+        raise UserError(f"the environment's {name} is {text!r}, not a number from {least} to {most}: "
+                        "start with torchrun, or unset it")
+    return int(text)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return which of how many processes this is; (0, 1) for one alone."""
+    size = from_environment("WORLD_SIZE", 1, 1, 1 << 20)
+    return from_environment("RANK", 0, 0, size - 1), size
+
+
+def local_size() -> int:
+    """Return the number of processes on this host."""
+    return from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
+
+
+def die_with_torchrun() -> None:
+    """Under torchrun, have the kernel kill this process when torchrun is killed, which then cannot end it itself.
+
+    On Ctrl-C, too, it ends at once: what is on the disk is whole at any moment, and torchrun says that it was stopped.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    set_parent_death_signal = 1  # of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

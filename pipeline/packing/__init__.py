@@ -1,0 +1,2 @@
+"""From a source to shards: index -> plan (which image goes into which shard) -> chunks in workers -> shards, receipts
+-> manifest."""

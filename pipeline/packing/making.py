@@ -1,0 +1,103 @@
+"""Make shards: chunks of images go to workers, what comes back is put in its place, a full shard is written."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.packing.chunks import ChunkFitter, Fitted, chunks
+from pipeline.packing.plan import Plan, Shard
+from pipeline.packing.receipts import Receipt, finished
+from pipeline.shards import write_shard
+from pipeline.sources import Entry, Source
+from pipeline.statistics import PixelStatistics
+from pipeline.storage import Storage
+from pipeline.workers import Workers
+
+CHUNKS_PER_WORKER = 2
+
+Progress = Callable[[int, "int | None", str], object]  # (images done, images expected or None, what is done to them)
+
+
+def make_shards(
+    source: Source, unpacked: Mapping[str, Path], storage: Storage, plan: Plan, shards: Sequence[Shard], workers: int,
+    strict: bool, progress: Progress,
+) -> None:
+    """Make those of `shards` that are not there yet, each with its receipt; `strict` as in preprocess."""
+    receipts = finished(shards, storage)
+    expected, done = Counter(), Counter()
+    for shard in shards:
+        expected[shard.split] += len(shard.rows)
+    for shard in shards:
+        if shard.name in receipts:
+            done[shard.split] += len(shard.rows)
+            if strict:
+                refuse_rejected(receipts[shard.name].rejected)
+    missing = [shard for shard in shards if shard.name not in receipts]
+    if not missing:
+        return
+    with Workers(workers, ChunkFitter(source.root, unpacked, plan.packing.store)) as pool:
+        rows: list[tuple[Entry, Fitted]] = []
+        statistics = PixelStatistics()
+        for shard, entries, (fitted, chunk_statistics) in _in_order(pool, CHUNKS_PER_WORKER * workers, plan, missing):
+            if strict:
+                refuse_rejected(rejection(source, shard.split, entry, image.reason, image.sha256)
+                                for entry, image in zip(entries, fitted) if image.reason)
+            rows += zip(entries, fitted, strict=True)
+            statistics.merge(chunk_statistics)
+            done[shard.split] += len(entries)
+            progress(done[shard.split], expected[shard.split], f"packing {shard.split}")
+            if len(rows) == len(shard.rows):
+                in_place = [rows[i] for i in np.argsort(shard.places)]
+                _write(source, storage, shard, in_place, statistics)
+                rows, statistics = [], PixelStatistics()
+
+
+def _in_order(
+    pool: Workers, limit: int, plan: Plan, shards: Iterable[Shard]
+) -> Iterator[tuple[Shard, list[Entry], tuple[list[Fitted], PixelStatistics]]]:
+    """Fit shard after shard, chunk after chunk, with at most `limit` chunks under way."""
+    under_way: deque = deque()
+    for shard in shards:
+        entries = plan.entries(shard)
+        for part in chunks(entries):
+            if len(under_way) == limit:
+                *chunk, result = under_way.popleft()
+                yield *chunk, result.result()
+            under_way.append((shard, entries[part], pool.submit(entries[part])))
+    for *chunk, result in under_way:
+        yield *chunk, result.result()
+
+
+def _write(
+    source: Source, storage: Storage, shard: Shard, rows: list[tuple[Entry, Fitted]], statistics: PixelStatistics
+) -> None:
+    packed = [(image.stored, entry.label, _printable(entry.member)) for entry, image in rows if not image.reason]
+    rejected = [rejection(source, shard.split, entry, image.reason, image.sha256)
+                for entry, image in rows if image.reason]
+    file = write_shard(storage, shard.name, *zip(*packed)) if packed else None
+    counts = Counter(label for _, label, _ in packed)
+    Receipt(file, dict(sorted(counts.items())), rejected, statistics).save(storage, shard)
+
+
+def rejection(source: Source, split: str, entry: Entry, reason: str, sha256: str | None = None) -> dict:
+    """Return a line of rejected.jsonl."""
+    wnid = source.classes[entry.label].wnid if entry.label >= 0 else None
+    return {"split": split, "archive": _printable(entry.archive), "member": _printable(entry.member), "wnid": wnid,
+            "reason": reason, "sha256": sha256}
+
+
+def refuse_rejected(rejections: Iterable[dict]) -> None:
+    """Raise DataError for the first."""
+    for found in rejections:
+        where = f"{found['archive']}: {found['member']}" if found["archive"] else found["member"]
+        raise DataError(f"{where}: {found['reason']}; mend it, or run without --strict to leave it out")
+
+
+def _printable(name: str) -> str:
+    """Archives may hold names that are not UTF-8; Arrow's strings may not."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,145 @@
+"""Where shards are written: a local folder, or a place in an object store (s3://, gs:// through pyarrow.fs).
+
+Either way a file appears under its name whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.errors import DataError
+from pipeline.files import TEMPORARY, creating
+
+COPY_BYTES = 8 << 20
+
+
+class Storage(Protocol):
+    """Names are relative, with "/" between folders. Every method may raise OSError."""
+
+    location: str  # as the user gave it
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every file by name, those in folders too; nothing where the location is not there."""
+
+    def read(self, name: str) -> bytes: ...
+
+    def create(self, name: str):
+        """Return a context manager that gives a binary file; it replaces `name` when the block ends without error."""
+
+    def remove_folder(self, name: str) -> None:
+        """Remove all that is in the folder; nothing happens where there is none."""
+
+    def remove_temporary(self) -> None:
+        """Remove what killed processes left half written. None may be writing."""
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy to a local file."""
+
+
+def open_storage(location: str | Path) -> Storage:
+    """Raises DataError for a location that cannot be one."""
+    if "://" not in str(location):
+        return LocalStorage(Path(location))
+    return ObjectStorage(str(location))
+
+
+class LocalStorage:
+    def __init__(self, folder: Path):
+        self.folder, self.location = folder, str(folder)
+
+    def sizes(self) -> dict[str, int]:
+        found = {}
+        for path in self._walk(self.folder):
+            with suppress(FileNotFoundError):  # another process has just renamed it
+                found[path.relative_to(self.folder).as_posix()] = path.lstat().st_size
+        return found
+
+    def _walk(self, folder: Path) -> Iterator[Path]:
+        try:
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with creating(path) as file:
+            yield file
+
+    def remove_folder(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.folder / name)
+
+    def remove_temporary(self) -> None:
+        for name in self.sizes():
+            if name.endswith(TEMPORARY):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def download(self, name: str, path: Path) -> None:
+        shutil.copyfile(self.folder / name, path)
+
+
+class ObjectStorage:
+    """Credentials, region and endpoint come from the environment, as the store's own tools read them, or stand in the
+    URI (`s3://bucket/folder?endpoint_override=host:port&scheme=http`)."""
+
+    def __init__(self, location: str):
+        self.location = location
+        try:
+            self._files, self._base = fs.FileSystem.from_uri(location)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise DataError(f"{location}: not a usable location ({_first_line(error)})") from None
+        self._base = self._base.rstrip("/")
+        if not self._base:
+            raise DataError(f"{location}: names no folder; give one, like s3://bucket/folder")
+
+    def sizes(self) -> dict[str, int]:
+        found = self._files.get_file_info(fs.FileSelector(self._base, recursive=True, allow_not_found=True))
+        return {info.path[len(self._base) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
+
+    def read(self, name: str) -> bytes:
+        with self._files.open_input_stream(f"{self._base}/{name}") as file:
+            return file.read()
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        # To a local file first: an upload that was broken off would appear cut, but whole to those who look.
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            with self._files.open_output_stream(f"{self._base}/{name}") as upload:
+                shutil.copyfileobj(file, upload, COPY_BYTES)
+
+    def remove_folder(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._files.delete_dir(f"{self._base}/{name}")
+
+    def remove_temporary(self) -> None:
+        """Uploads that were broken off are invisible; the store's own life-cycle rules remove them."""
+
+    def download(self, name: str, path: Path) -> None:
+        with self._files.open_input_stream(f"{self._base}/{name}") as file, open(path, "wb") as copy:
+            shutil.copyfileobj(file, copy, COPY_BYTES)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
