@@ -87,6 +87,13 @@ def test_the_seed_is_the_order():
     assert planned(Listed(), seed=3).sha256 != planned(Listed(), seed=4).sha256
 
 
+@pytest.mark.parametrize("block_rows", [0, 100])
+def test_both_stores_have_one_order(block_rows):
+    jpeg, raw = (planned(Listed(block_rows), store=store) for store in ("jpeg", "raw"))
+    for split in ("train", "val"):
+        assert order(jpeg, split) == order(raw, split)
+
+
 def test_rows_of_a_block_share_few_shards():
     """Reading a row group for each of its rows would read a Parquet file a hundred times."""
     plan = planned(Listed(block_rows=100), hold_out=0.001)

@@ -104,7 +104,8 @@ def test_the_raw_store_holds_the_pixels_and_the_same_statistics(packed, source, 
     jpeg = load_manifest(packed)[0]
     assert manifest.mean == jpeg.mean and manifest.rgb_covariance == jpeg.rgb_covariance
     assert len(manifest.splits["train"].files) == 4 and manifest.store == "raw"
-    images = ShardImages(tmp_path / "raw", manifest, "train")
+    images, encoded = ShardImages(tmp_path / "raw", manifest, "train"), ShardImages(packed, jpeg, "train")
+    assert [images.name(i) for i in range(12)] == [encoded.name(i) for i in range(12)]
     for i in range(len(images)):
         assert (images.stored(i) == fit((source / images.name(i)).read_bytes())).all()
 

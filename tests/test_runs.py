@@ -40,7 +40,8 @@ def shards(tmp_path_factory) -> Path:
     """480 training and 50 validation images of the sample: 15 steps an epoch."""
     folder = tmp_path_factory.mktemp("sample")
     for arguments in (["sample", folder / "archives", "--train-per-class", "48", "--val-per-class", "5"],
-                      ["preprocess", folder / "archives", folder / "shards"]):
+                      ["preprocess", folder / "archives", folder / "shards"],
+                      ["preprocess", folder / "archives", folder / "raw", "--store", "raw"]):
         done = subprocess.run([sys.executable, *alexnet(*arguments)], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     return folder / "shards"
@@ -107,6 +108,16 @@ def test_killed_in_mid_epoch_and_resumed_ends_the_same(shards, finished, tmp_pat
     resumed = [record for record in read_log(run / "log.jsonl") if record["event"] == "resume"]
     assert resumed and 0 < resumed[0]["step"] < STEPS
     assert_same(weights(finished), weights(run))
+
+
+def test_a_run_on_raw_pixels_is_a_run_on_jpegs_up_to_their_loss(shards, finished, tmp_path):
+    Towers(shards.parent / "raw", tmp_path / "raw").check()
+    losses = [[record["loss"] for record in read_log(run / "log.jsonl") if record["event"] == "steps"]
+              for run in (finished, tmp_path / "raw")]
+    assert len(losses[0]) == len(losses[1]) >= 3
+    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[0] != losses[1]
+    errors = [read_log(run / "log.jsonl")[-1]["val"] for run in (finished, tmp_path / "raw")]
+    assert errors[0]["images"] == errors[1]["images"] == 50
 
 
 def test_two_processes_go_on_as_one_and_back(shards, finished, tmp_path):

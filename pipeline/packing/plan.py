@@ -1,7 +1,8 @@
 """Which image goes into which shard, and where in it: a pure function of the source, the seed and the store.
 
 All images of a split are shuffled across its classes, so that shards read one after the other are mixed already.
-What a source stores in blocks (Parquet's row groups) is shuffled block by block, then image by image inside a shard.
+What a source stores in blocks (Parquet's row groups) is shuffled block by block, then image by image inside windows.
+The order does not depend on the store.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pipeline.packing.index import Index
 from pipeline.shards import ROWS_PER_SHARD
 from pipeline.sources import Entry, Source
 
+BLOCK_WINDOW = 4096  # images; a whole number of shards of either store, so that both have the same order
+
 # First part of a generator's key. Changing one changes the order that a seed stands for.
-_HOLD_OUT, _ORDER, _INSIDE = range(3)
+_HOLD_OUT, _ORDER = range(2)
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,8 @@ class Plan:
                 rows = order[first : first + self._rows_per_shard]
                 # Images lie in the shard as the shuffle has them; they are read in the order in which they lie in the
                 # source, which a disk and a row group of Parquet like better.
-                inside = self._generator(_INSIDE, SPLITS.index(split), number).permutation(len(rows))
-                by_row = np.argsort(rows)
-                yield Shard(split, number, rows[by_row], inside[by_row])
+                places = np.argsort(rows)
+                yield Shard(split, number, rows[places], places)
 
     def entries(self, shard: Shard) -> list[Entry]:
         """Return the entry of each of the shard's rows."""
@@ -103,7 +105,10 @@ class Plan:
             return rows[generator.permutation(len(rows))]
         _, block_of_row = np.unique(blocks, return_inverse=True)
         rank_of_block = generator.permutation(block_of_row.max() + 1)
-        return rows[np.argsort(rank_of_block[block_of_row], kind="stable")]
+        rows = rows[np.argsort(rank_of_block[block_of_row], kind="stable")]
+        for first in range(0, len(rows), BLOCK_WINDOW):
+            generator.shuffle(rows[first : first + BLOCK_WINDOW])
+        return rows
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.packing.seed, spawn_key=key)))
