@@ -9,7 +9,7 @@ import simplejpeg
 from pipeline.decoders import BrokenImage, decode
 from pipeline.manifest import IMAGE_SIZE
 
-__all__ = ["ENCODING", "BrokenImage", "encode", "fit"]
+__all__ = ["ENCODING", "BrokenImage", "centre_square", "encode", "fit"]
 
 QUALITY = 90
 ENCODING = f"jpeg, quality {QUALITY}, 4:2:0"
@@ -18,20 +18,25 @@ cv2.setNumThreads(1)  # the packer has a process a core
 
 
 def fit(data: bytes) -> np.ndarray:
-    """Decode an image file, rescale its shorter side to 256 and cut out the centre: uint8 [256, 256, 3], RGB.
+    """Decode an image file and fit it: uint8 [256, 256, 3], RGB. Raises BrokenImage."""
+    return centre_square(decode(data))
 
-    The square is cut before it is rescaled, at whole pixels. Raises BrokenImage.
-    """
-    pixels = decode(data)
+
+def centre_square(pixels: np.ndarray) -> np.ndarray:
+    """Cut the central square out of uint8 [H, W, 3], at whole pixels, and rescale it to [256, 256, 3]."""
     height, width, _ = pixels.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = pixels[top : top + side, left : left + side]
     if side == IMAGE_SIZE:
         return np.ascontiguousarray(square)
-    # INTER_AREA averages what falls into a pixel, so that nothing aliases; for enlarging it would repeat pixels.
-    interpolation = cv2.INTER_AREA if side > IMAGE_SIZE else cv2.INTER_CUBIC
-    return cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=interpolation)
+    if side < IMAGE_SIZE:
+        return cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC)
+    # Averages of whole blocks, so that nothing aliases. OpenCV makes them, and the enlargement to a multiple of 256
+    # that they need, in half the time that it takes to average parts of pixels.
+    multiple = -(-side // IMAGE_SIZE) * IMAGE_SIZE
+    enlarged = cv2.resize(square, (multiple, multiple), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(enlarged, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
 
 
 def encode(pixels: np.ndarray) -> bytes:

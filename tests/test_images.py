@@ -26,16 +26,19 @@ BASELINE = saved(PICTURE, "JPEG")
 
 
 def weights(side: int) -> np.ndarray:
-    """Return float64 [256, side]: which share of each pixel of the picture each of 256 covers."""
-    edges = np.arange(257) * side / 256
-    pixel = np.arange(side)
-    covered = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return np.maximum(covered, 0) * 256 / side
+    """Return float64 [256, side]: the part of each pixel of the picture in each of 256, by the definition.
+
+    The side is enlarged bilinearly to the next multiple of 256, then blocks are averaged.
+    """
+    block = -(-side // 256)
+    places = np.clip((np.arange(256 * block) + 0.5) * side / (256 * block) - 0.5, 0, side - 1)
+    enlarging = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(side)))
+    return enlarging.reshape(256, block, side).mean(axis=1)
 
 
 @pytest.mark.parametrize("width, height", [(500, 375), (375, 500), (257, 301), (258, 257), (511, 900), (512, 512),
                                            (1283, 769), (1024, 2048), (3001, 1999)])
-def test_shrinking_is_the_average_of_the_centre_square(width, height):
+def test_shrinking_averages_blocks_of_the_centre_square(width, height):
     pixels = blots(width, height)
     side = min(width, height)
     top, left = (height - side) // 2, (width - side) // 2
@@ -44,7 +47,7 @@ def test_shrinking_is_the_average_of_the_centre_square(width, height):
     fitted = fit(saved(pixels, compress_level=1))
     assert fitted.shape == (256, 256, 3) and fitted.dtype == np.uint8
     assert np.abs(fitted - reference).max() <= 1
-    assert np.abs(fitted - reference).mean() < 0.3  # rounding alone is 0.25
+    assert np.abs(fitted - reference).mean() < 0.35  # rounding alone is 0.25
 
 
 @pytest.mark.parametrize("width, height, top, left", [(256, 256, 0, 0), (256, 301, 22, 0), (999, 256, 0, 371)])

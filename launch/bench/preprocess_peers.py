@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import cv2
 import simplejpeg
 from PIL import Image
 
-from pipeline.images import QUALITY
+from pipeline.images import QUALITY, centre_square, encode
 from pipeline.manifest import IMAGE_SIZE
 
 
@@ -37,19 +36,12 @@ def _rate(function: Callable[[Sequence[Path]], object], files: Sequence[Path], p
 
 
 def _bare(files: Sequence[Path]) -> None:
-    cv2.setNumThreads(1)
     for path in files:
         try:
             pixels = simplejpeg.decode_jpeg(path.read_bytes())
         except ValueError:
             continue
-        height, width, _ = pixels.shape
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = pixels[top : top + side, left : left + side]
-        interpolation = cv2.INTER_AREA if side > IMAGE_SIZE else cv2.INTER_CUBIC
-        simplejpeg.encode_jpeg(cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=interpolation), QUALITY,
-                               "RGB", "420")
+        encode(centre_square(pixels))
 
 
 def _usual(out: Path, filter_name: str, files: Sequence[Path]) -> None:
