@@ -17,8 +17,10 @@ from PIL import Image, TiffImagePlugin
 PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
 MOST_PIXELS = 100_000_000  # 300 MB in RGB; ImageNet's largest has some 60 million
 MOST_SCANS = 100  # of a progressive JPEG, each a pass over all of it; the usual number is 10
+TOO_MUCH_MEMORY = "needs too much memory"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that begin a frame header, which has the size
+_PROGRESSIVE = {0xC2, 0xCA}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # one that may be followed by a length
 _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 322, 323
@@ -51,14 +53,11 @@ def decode(data: bytes) -> np.ndarray:
             return _decode_jpeg(data)
         return _decode_with_pillow(data)
     except MemoryError:
-        raise BrokenImage("needs too much memory") from None
+        raise BrokenImage(TOO_MUCH_MEMORY) from None
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
-    # Counting bytes is quick, but finds some in metadata and behind the picture too.
-    if data.count(b"\xff\xda") > MOST_SCANS:
-        if sum(marker == _START_OF_SCAN for marker, _ in _jpeg_markers(data)) > MOST_SCANS:
-            raise BrokenImage(f"more than {MOST_SCANS} scans")
+    _check_scans(data)
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
@@ -70,6 +69,8 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
     except ValueError as error:  # broken, of a rare kind, or with a flaw that others overlook
         if "premature end" in str(error).lower():  # Pillow would make the missing part grey
             raise BrokenImage(f"truncated: {_reason(error)}") from None
+        if "insufficient memory" in str(error).lower():
+            raise MemoryError from None
     try:
         return _decode_with_pillow(data)
     except BrokenImage as error:
@@ -120,7 +121,9 @@ def _decode_with_imagecodecs(data: bytes) -> np.ndarray | None:
     for marker, place in _jpeg_markers(data):
         if marker in _FRAMES and not frame:
             frame = data[place + 2 : place + 7]
-    if len(frame) < 5 or frame[0] <= 8:
+            if frame[:1] <= b"\x08":
+                return None
+    if len(frame) < 5:
         return None
     bits = frame[0]
     _check_size(int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big"))
@@ -141,6 +144,20 @@ def _decode_with_imagecodecs(data: bytes) -> np.ndarray | None:
     if pixels.shape[2] != 3:
         raise BrokenImage(f"JPEG of {bits} bits with {pixels.shape[2]} channels")
     return pixels
+
+
+def _check_scans(data: bytes) -> None:
+    """Libjpeg reads a second scan only of a progressive file, or where the first one lacks a component."""
+    progressive, components, scans = False, b"", 0
+    for marker, place in _jpeg_markers(data):
+        if marker in _FRAMES:
+            progressive, components = marker in _PROGRESSIVE, data[place + 7 : place + 8]
+        elif marker == _START_OF_SCAN:
+            scans += 1
+            if scans == 1 and not progressive and data[place + 2 : place + 3] == components:
+                return  # nearly all files, at their first bytes
+            if scans > MOST_SCANS:
+                raise BrokenImage(f"more than {MOST_SCANS} scans")
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:

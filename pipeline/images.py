@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from pipeline.decoders import BrokenImage, decode
+from pipeline.decoders import TOO_MUCH_MEMORY, BrokenImage, decode
 from pipeline.manifest import IMAGE_SIZE
 
 __all__ = ["ENCODING", "BrokenImage", "centre_square", "encode", "fit"]
@@ -19,7 +19,13 @@ cv2.setNumThreads(1)  # the packer has a process a core
 
 def fit(data: bytes) -> np.ndarray:
     """Decode an image file and fit it: uint8 [256, 256, 3], RGB. Raises BrokenImage."""
-    return centre_square(decode(data))
+    pixels = decode(data)
+    try:
+        return centre_square(pixels)
+    except cv2.error as error:
+        if error.code != cv2.Error.StsNoMem:
+            raise
+        raise BrokenImage(TOO_MUCH_MEMORY) from None
 
 
 def centre_square(pixels: np.ndarray) -> np.ndarray:

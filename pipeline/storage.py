@@ -27,8 +27,8 @@ class Storage(Protocol):
 
     location: str  # as the user gave it
 
-    def sizes(self) -> dict[str, int]:
-        """Return the bytes of every file by name, those in folders too; nothing where the location is not there."""
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the bytes of every file by name; folders end with "/". Nothing where the location is not there."""
 
     def read(self, name: str) -> bytes: ...
 
@@ -38,7 +38,7 @@ class Storage(Protocol):
     def remove_folder(self, name: str) -> None:
         """Remove all that is in the folder; nothing happens where there is none."""
 
-    def remove_temporary(self) -> None:
+    def remove_temporary(self, folder: str = "") -> None:
         """Remove what killed processes left half written. None may be writing."""
 
     def download(self, name: str, path: Path) -> None:
@@ -56,23 +56,17 @@ class LocalStorage:
     def __init__(self, folder: Path):
         self.folder, self.location = folder, str(folder)
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, folder: str = "") -> dict[str, int]:
         found = {}
-        for path in self._walk(self.folder):
-            with suppress(FileNotFoundError):  # another process has just renamed it
-                found[path.relative_to(self.folder).as_posix()] = path.lstat().st_size
+        with suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                with suppress(FileNotFoundError):  # another process has just renamed it
+                    if entry.is_dir(follow_symlinks=False):
+                        found[f"{name}/"] = 0
+                    else:
+                        found[name] = entry.stat(follow_symlinks=False).st_size
         return found
-
-    def _walk(self, folder: Path) -> Iterator[Path]:
-        try:
-            entries = list(os.scandir(folder))
-        except FileNotFoundError:
-            return
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._walk(Path(entry.path))
-            else:
-                yield Path(entry.path)
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -88,8 +82,8 @@ class LocalStorage:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder / name)
 
-    def remove_temporary(self) -> None:
-        for name in self.sizes():
+    def remove_temporary(self, folder: str = "") -> None:
+        for name in self.sizes(folder):
             if name.endswith(TEMPORARY):
                 (self.folder / name).unlink(missing_ok=True)
 
@@ -111,9 +105,16 @@ class ObjectStorage:
         if not self._base:
             raise DataError(f"{location}: names no folder; give one, like s3://bucket/folder")
 
-    def sizes(self) -> dict[str, int]:
-        found = self._files.get_file_info(fs.FileSelector(self._base, recursive=True, allow_not_found=True))
-        return {info.path[len(self._base) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        base = f"{self._base}/{folder}".rstrip("/")
+        found = {}
+        for info in self._files.get_file_info(fs.FileSelector(base, allow_not_found=True)):
+            name = info.path[len(self._base) + 1 :]
+            if info.type == fs.FileType.Directory:
+                found[f"{name}/"] = 0
+            else:
+                found[name] = info.size
+        return found
 
     def read(self, name: str) -> bytes:
         with self._files.open_input_stream(f"{self._base}/{name}") as file:
@@ -132,7 +133,7 @@ class ObjectStorage:
         with suppress(FileNotFoundError):
             self._files.delete_dir(f"{self._base}/{name}")
 
-    def remove_temporary(self) -> None:
+    def remove_temporary(self, folder: str = "") -> None:
         """Uploads that were broken off are invisible; the store's own life-cycle rules remove them."""
 
     def download(self, name: str, path: Path) -> None:

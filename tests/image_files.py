@@ -28,6 +28,20 @@ def lossless_jpeg(levels: np.ndarray, bits: int) -> bytes:
     return imagecodecs.jpeg8_encode(levels, lossless=True, bitspersample=bits)
 
 
+def scan_by_scan(picture: Image.Image, repeats: int = 1) -> bytes:
+    """A baseline JPEG, 4:4:4, in which each component has a scan of its own, or several times the same."""
+    whole = saved(picture, "JPEG", subsampling=0)
+    frame = whole.index(b"\xff\xc0")
+    header = bytearray(whole[: whole.rindex(b"\xff\xda")])
+    header[frame + 12 : frame + 19 : 3] = bytes(3)  # all have the quantization of a grey picture
+    data = bytes(header)
+    for component, plane in enumerate(picture.convert("YCbCr").split(), start=1):
+        grey = saved(plane, "JPEG")
+        scan = grey[grey.rindex(b"\xff\xda") : -2]
+        data += (scan[:5] + bytes([component]) + scan[6:]) * repeats
+    return data + b"\xff\xd9"
+
+
 def tiff(width: int, height: int, strips: list[bytes], bits: int, channels: int = 3, *, planes: bool = False,
          deflated: bool = False, tile: tuple[int, int] | None = None) -> bytes:
     """A little-endian TIFF of grey or RGB; one strip or tile, or one a plane."""

@@ -10,7 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import simplejpeg
-from image_files import ARITHMETIC_JPEG, blots, lossless_jpeg, png, saved, tiff
+from image_files import ARITHMETIC_JPEG, blots, lossless_jpeg, png, saved, scan_by_scan, tiff
 from PIL import Image
 
 from pipeline import decoders
@@ -85,6 +85,7 @@ def close(data: bytes, expected: np.ndarray, mean: float) -> bool:
 def test_rare_jpegs():
     assert close(imagecodecs.jpeg_encode(TWELVE, level=95, bitspersample=12), PIXELS, 1.5)
     assert close(imagecodecs.jpeg_encode(TWELVE[..., 0].copy(), level=95, bitspersample=12), GREY, 0.6)
+    assert close(scan_by_scan(PICTURE), PIXELS, 4) and close(scan_by_scan(PICTURE, 30), PIXELS, 4)
     halves = np.empty((16, 16, 3), int)
     halves[:8], halves[8:] = (200, 60, 20), (30, 90, 220)
     assert np.abs(decode(ARITHMETIC_JPEG) - halves).max() <= 1
@@ -139,7 +140,7 @@ CUT = {name: data for name, (data, _) in EXACT.items()} | {
     "JPEG": BASELINE, "progressive": PROGRESSIVE, "CMYK": saved(PICTURE.convert("CMYK"), "JPEG"),
     "restarts": saved(PICTURE, "JPEG", restart_marker_blocks=3), "12 bits": imagecodecs.jpeg_encode(
         TWELVE, level=95, bitspersample=12), "TIFF of JPEG": saved(PICTURE, "TIFF", compression="jpeg"),
-    "WebP, lossy": saved(PICTURE, "WEBP"), "arithmetic": ARITHMETIC_JPEG,
+    "scan by scan": scan_by_scan(PICTURE), "WebP, lossy": saved(PICTURE, "WEBP"), "arithmetic": ARITHMETIC_JPEG,
 }
 
 

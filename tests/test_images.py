@@ -15,7 +15,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
-from image_files import blots, lossless_jpeg, png, saved, tiff
+from image_files import blots, lossless_jpeg, png, saved, scan_by_scan, tiff
 from PIL import Image, JpegImagePlugin
 
 from pipeline.images import BrokenImage, encode, fit
@@ -126,13 +126,15 @@ def bombs() -> dict[str, bytes]:
         "JP2": resized(resized(jp2, jp2.index(b"ihdr") + 4, ">II", 60_000, 60_000),
                        jp2.index(b"\xff\x4f\xff\x51") + 8, ">II", 60_000, 60_000),
         "JPEG, 3,000 scans": many_scans(3000),
+        "JPEG, 3,000 scans of a component": scan_by_scan(Image.fromarray(PICTURE), 3000),
+        "JPEG, baseline, 3,000 scans": many_scans(3000, progressive=False),
         "PNG, text": png(10, 10, chunks=((b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 1)),
                                          (b"IDAT", zlib.compress(bytes(310))))),
     }
 
 
-def many_scans(scans: int) -> bytes:
-    data = saved(PICTURE, "JPEG", progressive=True)
+def many_scans(scans: int, progressive: bool = True) -> bytes:
+    data = saved(PICTURE, "JPEG", progressive=progressive)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + data[-2:]
 
@@ -162,6 +164,32 @@ for name, data in cases.items():
     for name, outcome, seconds, megabytes in outcomes:
         assert not outcome.startswith("read"), name
         assert seconds < 0.5 and megabytes < 30, (name, outcome, seconds, megabytes)
+
+
+def test_what_needs_too_much_memory_is_rejected_and_does_not_end_the_run():
+    program = """
+import io, resource, sys
+from pathlib import Path
+from PIL import Image
+from pipeline.images import BrokenImage, fit
+kinds = {"baseline": {}, "progressive": {"progressive": True}}
+for name, options in kinds.items():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4000, 3000)).save(buffer, "JPEG", **options)
+    outcomes = []
+    for megabytes in range(10, 151, 5):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 1_000_000, resource.RLIM_INFINITY))
+        try:
+            outcomes.append(str(fit(buffer.getvalue()).shape))
+        except BrokenImage as error:
+            outcomes.append(str(error))
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(name, *dict.fromkeys(outcomes), sep=": ")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.splitlines() == ["baseline: needs too much memory: (256, 256, 3)",
+                                        "progressive: needs too much memory: (256, 256, 3)"], done.stderr
 
 
 def test_many_scans_up_to_the_limit_are_read():

@@ -69,7 +69,7 @@ def packed(source, tmp_path_factory) -> dict[str, bytes]:
 
 def stored(location: str) -> dict[str, bytes]:
     storage = open_storage(location)
-    return {name: storage.read(name) for name in storage.sizes()}
+    return {name: storage.read(name) for name in storage.sizes() if not name.endswith("/")}
 
 
 def test_an_object_store_gets_the_same_files_from_two_processes(server, bucket, source, packed):

@@ -22,7 +22,7 @@ from pipeline.storage import Storage
 MEAN_NAME = "mean.npy"
 REJECTED_NAME = "rejected.jsonl"  # a line: {"split", "archive", "member", "wnid", "reason", "sha256"}
 _NAMES = "|".join(map(re.escape, (MEAN_NAME, REJECTED_NAME, FILE_NAME)))
-OWN_FILES = re.compile(rf"(({'|'.join(SPLITS)})-\d{{5,}}\.arrow|{_NAMES})(\.[0-9a-f]{{8}}\.tmp)?|{FOLDER}/.+")
+OWN_FILES = re.compile(rf"(({'|'.join(SPLITS)})-\d{{5,}}\.arrow|{_NAMES})(\.[0-9a-f]{{8}}\.tmp)?|{FOLDER}/")
 
 log = logging.getLogger(__name__)
 

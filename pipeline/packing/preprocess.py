@@ -20,7 +20,7 @@ from pipeline.packing.index import Index
 from pipeline.packing.making import Progress, make_shards, refuse_rejected, rejection
 from pipeline.packing.outcome import OWN_FILES, REJECTED_NAME, finish
 from pipeline.packing.plan import Packing, Plan
-from pipeline.packing.receipts import FOLDER, PLAN, receipt_name
+from pipeline.packing.receipts import FOLDER, PLAN, RECEIPT, receipt_name
 from pipeline.sources import Source
 from pipeline.sources.reading import unpack
 from pipeline.storage import LocalStorage, Storage
@@ -71,7 +71,8 @@ def preprocess(
             refuse_rejected(json.loads(line) for line in storage.read(REJECTED_NAME).splitlines())
         if manifest is None:
             if share.size == 1:
-                storage.remove_temporary()
+                for folder in ("", FOLDER):
+                    storage.remove_temporary(folder)
             unpacked = _unpack(source, storage, indices, share)
             mine = [shard for number, shard in enumerate(plan.shards()) if number % share.size == share.rank]
             make_shards(source, unpacked, storage, plan, mine, workers, strict, progress)
@@ -109,7 +110,7 @@ def _check_location(source: Source, storage: Storage) -> None:
     foreign = sorted(name for name in found if not OWN_FILES.fullmatch(name))
     if foreign:
         raise DataError(f"{storage.location}: holds {foreign[0]}, which is not ours; choose a new or empty folder")
-    if found and PLAN not in found and FILE_NAME not in found:
+    if found and f"{FOLDER}/" not in found and FILE_NAME not in found:
         raise DataError(f"{storage.location}: holds {min(found)} and nothing that says what it was made of; "
                         "choose a new or empty folder")
 
@@ -126,10 +127,14 @@ def _agree_on_plan(storage: Storage, plan: Plan, share: Share) -> Manifest | Non
                 raise DataError(f"{storage.location}: already holds shards, of another source or with other options; "
                                 "choose another folder")
             return manifest
-        if PLAN in found:
+        receipts = storage.sizes(FOLDER)
+        if PLAN in receipts:
             _compare_plans(storage, plan)
             return None
         if share.rank == 0:
+            if any(name.endswith(RECEIPT) for name in receipts):
+                raise DataError(f"{storage.location}: holds {FOLDER}/ without {PLAN}, so nothing says of what; choose "
+                                "another folder, or remove this one to start anew")
             with storage.create(PLAN) as file:
                 file.write((json.dumps(plan.facts, indent=1) + "\n").encode())
             return None
@@ -169,7 +174,7 @@ def _await_others(storage: Storage, plan: Plan) -> None:
     wanted = {receipt_name(shard) for shard in plan.shards()}
     missing, news_at = len(wanted), time.monotonic()
     while True:
-        now_missing = len(wanted - storage.sizes().keys())
+        now_missing = len(wanted - storage.sizes(FOLDER).keys())
         if not now_missing:
             return
         if now_missing < missing:

@@ -14,6 +14,7 @@ from pipeline.storage import Storage
 
 FOLDER = "packing"
 PLAN = f"{FOLDER}/plan.json"
+RECEIPT = ".receipt"
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Receipt:
 
 
 def receipt_name(shard: Shard) -> str:
-    return f"{FOLDER}/{shard.name}.receipt"
+    return f"{FOLDER}/{shard.name}{RECEIPT}"
 
 
 def load_receipt(storage: Storage, shard: Shard) -> Receipt:
@@ -52,7 +53,7 @@ def load_receipt(storage: Storage, shard: Shard) -> Receipt:
 
 def finished(shards: Iterable[Shard], storage: Storage) -> dict[str, Receipt]:
     """Return by name the receipts of the shards that need not be made again: the file is there too, and whole."""
-    sizes = storage.sizes()
+    sizes = storage.sizes() | storage.sizes(FOLDER)
     receipts = {}
     for shard in shards:
         if receipt_name(shard) in sizes:
