@@ -38,8 +38,8 @@ def centre_square(pixels: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(square)
     if side < IMAGE_SIZE:
         return cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC)
-    # Averages of whole blocks, so that nothing aliases. OpenCV makes them, and the enlargement to a multiple of 256
-    # that they need, in half the time that it takes to average parts of pixels.
+    # OpenCV averages whole blocks, and makes the enlargement to a multiple of 256 that they need, in half the time
+    # that it takes to average parts of pixels; and this aliases less (docs/images.md).
     multiple = -(-side // IMAGE_SIZE) * IMAGE_SIZE
     enlarged = cv2.resize(square, (multiple, multiple), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(enlarged, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)

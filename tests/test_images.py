@@ -106,6 +106,9 @@ def bombs() -> dict[str, bytes]:
     jp2 = saved(PICTURE, "JPEG2000")
     gif = resized(saved(PICTURE, "GIF"), 6, "<HH", 65535, 65535)
     webp = saved(PICTURE, "WEBP", save_all=True, append_images=[Image.new("RGB", (80, 60))])
+    scans = scan_by_scan(Image.fromarray(PICTURE), 1500)
+    second = scans.index(b"\xff\xda", scans.index(b"\xff\xda") + 2)
+    full = saved(PICTURE, "JPEG", subsampling=0)
     canvas = (16382).to_bytes(3, "little") * 2  # less 1
     return {
         "JPEG": resized(BASELINE, jpeg, ">HH", 65535, 65535)[:700],
@@ -126,7 +129,8 @@ def bombs() -> dict[str, bytes]:
         "JP2": resized(resized(jp2, jp2.index(b"ihdr") + 4, ">II", 60_000, 60_000),
                        jp2.index(b"\xff\x4f\xff\x51") + 8, ">II", 60_000, 60_000),
         "JPEG, 3,000 scans": many_scans(3000),
-        "JPEG, 3,000 scans of a component": scan_by_scan(Image.fromarray(PICTURE), 3000),
+        "JPEG, 1,500 scans a component": scans,
+        "JPEG, the second of all components": scans[:second] + full[full.rindex(b"\xff\xda") : -2] + scans[second:],
         "JPEG, baseline, 3,000 scans": many_scans(3000, progressive=False),
         "PNG, text": png(10, 10, chunks=((b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 1)),
                                          (b"IDAT", zlib.compress(bytes(310))))),

@@ -19,7 +19,7 @@ def bench() -> None:
 
 @bench.command("preprocess")
 @click.argument("images", type=FOLDER)
-@click.option("--total", default=4000, show_default=True, type=click.IntRange(1), help="Images to pack, repeated.")
+@click.option("--total", default=8000, show_default=True, type=click.IntRange(1), help="Images to pack, repeated.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--workers", type=click.IntRange(1, 1024), help="Processes; default: one a core.")
 @click.option("--store", default="jpeg", show_default=True, type=click.Choice(["jpeg", "raw"]))
