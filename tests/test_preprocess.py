@@ -145,6 +145,18 @@ def test_validation_images_are_held_out_where_there_are_none(source, tmp_path):
     assert not names[0] & names[1] and len(names[0] | names[1]) == 12 and manifest.rejected == 3
 
 
+def test_a_single_image_cannot_be_held_out(tmp_path):
+    (tmp_path / "data/train/n01").mkdir(parents=True)
+    (tmp_path / "data/train/n01/x.JPEG").write_bytes(picture(1))
+    with pytest.raises(DataError, match="a single training image and no val images"):
+        pack(tmp_path / "data", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_the_share_to_hold_out_is_no_matter_where_there_are_val_images(packed, source):
+    assert pack(source, packed, hold_out=0.5) == load_manifest(packed)[0]
+
+
 def test_strict_makes_a_rejection_an_error(source, tmp_path):
     with pytest.raises(DataError, match="5_link.JPEG: not a plain file; mend it, or run without --strict"):
         pack(source, tmp_path / "out", strict=True)

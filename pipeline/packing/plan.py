@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from pipeline.errors import DataError
 from pipeline.images import ENCODING
 from pipeline.manifest import FORMAT, SPLITS
 from pipeline.packing.index import Index
@@ -51,12 +52,15 @@ class Shard:
 
 class Plan:
     def __init__(self, source: Source, indices: dict[str, Index], packing: Packing):
-        """`indices` are of the splits that `source` has."""
+        """`indices` are of the splits that `source` has. Raises DataError where nothing can be held out."""
         self.packing, self._indices = packing, indices
         self._rows_per_shard = ROWS_PER_SHARD[packing.store]
         rows = {split: np.arange(index.entries) for split, index in indices.items()}
         self.held_out = 0.0
         if "val" not in rows:
+            if len(rows["train"]) < 2:
+                raise DataError(f"{source.path}: a single training image and no val images: there is none to hold out; "
+                                "add images to val/")
             self.held_out = packing.hold_out
             chosen = np.zeros(len(rows["train"]), bool)
             number = min(max(1, round(packing.hold_out * len(chosen))), len(chosen) - 1)
@@ -64,7 +68,8 @@ class Plan:
             rows |= {"train": np.flatnonzero(~chosen), "val": np.flatnonzero(chosen)}
         self._order = {split: self._shuffled(split, rows[split]) for split in SPLITS if split in rows}
         self.facts: dict[str, object] = {  # two runs that agree on them make the same shards
-            "format": FORMAT, "layout": source.layout, "encoding": ENCODING, **asdict(packing),
+            "format": FORMAT, "layout": source.layout, "encoding": ENCODING,
+            **asdict(packing), "hold_out": self.held_out,
             "rows_per_shard": self._rows_per_shard,
             "classes": _hash([asdict(c) for c in source.classes]),
             "images": {split: index.sha256 for split, index in indices.items()},
