@@ -53,6 +53,8 @@ class ClassFolders:
                 raise DataError(f"{path / folder}: holds no class folders: {_UNSORTED_VAL}")
             elif split == "test":
                 test_without_classes = ("the test images' classes: they are left out",)
+        if "train" not in self._wnids:
+            raise DataError(f"{path}: holds no train/<class>/ folders with images: add them")
         self.splits = _splits(path, self._wnids)
         self.missing = (() if "val" in self.splits else (_NO_VAL,)) + test_without_classes
         lists = [path / name for name in (SYNSET_WORDS, WORDS, LOC_SYNSET_MAPPING) if (path / name).is_file()][:1]
@@ -85,8 +87,9 @@ class ClassFolderArchive:
         has a class that train has not."""
         self.path, self.root, self.archives = path, path.parent, (path,)
         wnids: dict[str, set[str]] = {}
-        tops, val_folders, unsorted = set(), set(), ""
+        tops, val_folders, unsorted, first = set(), set(), "", ""
         for member, place in self._members():
+            first = first or member.name
             if member.refused:
                 continue
             if place is None:
@@ -108,6 +111,9 @@ class ClassFolderArchive:
                             "and give the folder of one")
         if len(val_folders) > 1:
             raise DataError(f"{path}: holds both val/ and validation/: unpack it and remove one")
+        if "train" not in wnids:
+            found = f"the first file found is {shown(first)}" if first else "no image found"
+            raise DataError(f"{path}: holds no train/<class>/ folders with images ({found}): give an archive of them")
         if unsorted and not val_folders:
             raise DataError(f"{path}: {shown(unsorted)}/ holds no class folders: unpack it, and {_UNSORTED_VAL}")
         self.splits = _splits(path, wnids)
@@ -142,8 +148,6 @@ class ClassFolderArchive:
 
 def _splits(path: Path, wnids: Mapping[str, Collection[str]]) -> tuple[str, ...]:
     """Return the splits that have classes; DataError where those of train are not all."""
-    if "train" not in wnids:
-        raise DataError(f"{path}: holds no train/<class>/ folders with images: add them")
     for split, found in wnids.items():
         if unknown := set(found) - set(wnids["train"]):
             raise DataError(f"{path}: {len(unknown)} classes of {split}/ are not in train/ ({first_few(unknown)}): "

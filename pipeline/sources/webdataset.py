@@ -12,16 +12,17 @@ from pipeline.errors import DataError
 from pipeline.sources.archives import TAR_SUFFIXES, Member, Tar, open_tar, shown
 from pipeline.sources.numbered import UNLABELLED, NumberedSource, files_by_split
 from pipeline.sources.source import Entry
+from pipeline.sources.words import LOC_SYNSET_MAPPING, SYNSET_WORDS, lines, read_words, text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 LABEL_EXTENSION = "cls"
-SYNSET_WORDS = "synset_words.txt"  # lines "wnid words", in the order of the labels or longer than the list of them
+LISTS_OF_WORDS = (SYNSET_WORDS, LOC_SYNSET_MAPPING)  # in the order of the labels, or longer than the list of them
 CLASS_NAMES = ("classnames.txt", "imagenet_classes.txt")  # a name a line, in the order of the labels
 MEMBERS_LOOKED_AT = 64  # of a tar, for a sample
 
 _LONGEST_LABEL_BYTES = 64
 _NUMBER = re.compile(rb"-?[0-9]{1,18}")
-_SYNSET = re.compile(r"(n[0-9]{8})\s*(.*)")
+_WNID = re.compile(r"n[0-9]{8}")
 
 
 class WebDataset(NumberedSource):
@@ -52,18 +53,18 @@ class WebDataset(NumberedSource):
         return False
 
     def __init__(self, path: Path):
-        """Raises DataError naming a tar that is damaged, and a sample that is not whole or whose label is wrong."""
+        """Raises DataError naming a tar or a list of classes that is damaged, and a sample that is not whole or whose
+        label is wrong."""
         self.path = self.root = path
         self._files = files_by_split((path,), TAR_SUFFIXES)
         self.archives = tuple(chain(*self._files.values()))
         names, words_of_wnid = None, None
-        listed = [path / name for name in (SYNSET_WORDS, *CLASS_NAMES) if (path / name).is_file()][:1]
+        listed = [path / name for name in (*LISTS_OF_WORDS, *CLASS_NAMES) if (path / name).is_file()][:1]
         for file in listed:
-            lines = file.read_bytes().decode(errors="replace").strip().splitlines()
-            if file.name == SYNSET_WORDS:
-                words_of_wnid = {match[1]: match[2].strip() for line in lines if (match := _SYNSET.match(line))}
+            if file.name in LISTS_OF_WORDS:
+                words_of_wnid = {wnid: words for wnid, words in read_words(file).items() if _WNID.fullmatch(wnid)}
             else:
-                names = [line.strip() for line in lines] or None
+                names = _read_names(file) or None
         self.archives += tuple(listed)
         self._number_classes(names, listed[0].name if listed else "", words_of_wnid)
 
@@ -101,6 +102,16 @@ def _sample(tar: Tar, key: str, members: Iterable[Member]) -> tuple[Member, int]
             raise DataError(f"{place}: has an image, but no .cls next to it: use the tar as published")
         number = UNLABELLED
     return None if image is None else (image, number)
+
+
+def _read_names(path: Path) -> list[str]:
+    """Return the name on each line; DataError for a blank one before the last, which would shift those behind it."""
+    names: list[str] = []
+    for number, line in lines(path):
+        if number > len(names) + 1:
+            raise DataError(f"{path}: line {len(names) + 1} is blank, but each names a class: restore the file")
+        names.append(text(line, path, number))
+    return names
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:

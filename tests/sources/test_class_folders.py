@@ -258,6 +258,16 @@ def test_archive_refuses_images_that_are_too_large(tmp_path, monkeypatch):
     assert refused(open_source(tmp_path / "data.tar"), "train") == [("train/n01/y", 0, TOO_LARGE)]
 
 
+@pytest.mark.parametrize("members, found", [
+    ([("read\nme", b""), ("n01/x.JPEG", b"")], "the first file found is read\\nme"), ([], "no image found"),
+    ([special("train/n01", tarfile.DIRTYPE), ("train/n01/.hidden", b"")], "no image found"),
+])
+def test_archive_of_something_else_tells_what_was_found(tmp_path, members, found):
+    (tmp_path / "data.tar").write_bytes(tar_of(*members))
+    assert refusal(tmp_path / "data.tar") == (f"{tmp_path}/data.tar: holds no train/<class>/ folders with images "
+                                              f"({found}): give an archive of them")
+
+
 def test_archive_of_two_data_sets(tmp_path):
     path = tmp_path / "data.tar"
     path.write_bytes(tar_of(*((top + name, b"") for name in TRAIN + VAL for top in ("a/", "b/"))))

@@ -25,7 +25,8 @@ from tars_on_the_spot import (
 from pipeline.manifest import SynsetClass
 from pipeline.sources import open_source
 from pipeline.sources.reading import Reader, unpack
-from pipeline.sources.webdataset import MEMBERS_LOOKED_AT, SYNSET_WORDS
+from pipeline.sources.webdataset import MEMBERS_LOOKED_AT
+from pipeline.sources.words import LOC_SYNSET_MAPPING, SYNSET_WORDS
 
 WNIDS = ["n01440764", "n01443537", "n02012849"]
 WORDS = ["tench, Tinca tinca", "goldfish", ""]
@@ -147,6 +148,35 @@ def test_a_list_of_as_many_wnids_as_classes_names_them(tmp_path, lines, wnids):
     assert source.classes == [SynsetClass(*pair) for pair in zip(wnids, words)]
     order = [2, 1, 0] if lines == WNIDS[::-1] else [0, 1, 2]
     assert [entry.label for entry in source.entries("train")] == order
+
+
+@pytest.mark.parametrize("name", [SYNSET_WORDS, LOC_SYNSET_MAPPING])
+def test_lists_of_words(tmp_path, name):
+    (write(tmp_path, train=train_samples()) / name).write_bytes(b"\xef\xbb\xbf" + WORDS_TEXT)
+    (tmp_path / "classnames.txt").write_text("a list of words goes before\n")
+    source = open_source(tmp_path)
+    assert [c.words for c in source.classes] == WORDS and source.archives[-1] == tmp_path / name
+
+
+@pytest.mark.parametrize("name, lines, reason", [
+    (SYNSET_WORDS, b"n01440764 t\xffnch\n", "line 1 is not UTF-8"),
+    (SYNSET_WORDS, b"n01440764 tench\n\nn01440764 crane\n", "line 3 names n01440764 again"),
+    (SYNSET_WORDS, b"n01440764\n", "line 1 names no words after n01440764"),
+    (SYNSET_WORDS, b"x" * (1 << 17), "line 1 is too long"),
+    ("classnames.txt", b"tench\ng\xff\n", "line 2 is not UTF-8"),
+    ("classnames.txt", b"tench\n \ngoldfish\ncrane\n", "line 2 is blank, but each names a class"),
+    ("imagenet_classes.txt", b"\ntench\ngoldfish\ncrane\n", "line 1 is blank, but each names a class"),
+])
+def test_damaged_lists_of_classes_are_named(tmp_path, name, lines, reason):
+    (write(tmp_path, train=train_samples()) / name).write_bytes(lines)
+    assert refusal(tmp_path).startswith(f"{tmp_path / name}: {reason}")
+
+
+def test_names_of_classes_end_where_their_lines_end(tmp_path):
+    names = ["tench\u2028Tinca", "goldfish\x0b", "crane \x85x"]  # str.splitlines would make six of them
+    text = "\ufeff" + "\r\n".join(names) + "\n\n"
+    (write(tmp_path, train=train_samples()) / "classnames.txt").write_bytes(text.encode())
+    assert [c.words for c in open_source(tmp_path).classes] == ["tench\u2028Tinca", "goldfish", "crane \x85x"]
 
 
 def test_test_images_without_labels_are_left_out(tmp_path):
