@@ -70,12 +70,12 @@ class Lighting:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one training step looks at."""
+    """What one step looks at: one crop of each image in training, V in evaluation, next to each other."""
 
     indices: np.ndarray  # int64 [N], positions in the split's stored order
-    anchors: np.ndarray  # int32 [N, 2], (y, x) of the crop's top left pixel
-    flips: np.ndarray  # bool [N], mirrored left to right
-    shifts: np.ndarray  # float32 [N, 3], added to RGB pixels in 0-255
+    anchors: np.ndarray  # int32 [N * V, 2], (y, x) of the crop's top left pixel
+    flips: np.ndarray  # bool [N * V], mirrored left to right
+    shifts: np.ndarray  # float32 [N * V, 3], added to RGB pixels in 0-255
 
 
 # The first word of the key of each random stream. Without it, NumPy would give [seed, epoch] and [seed, epoch, 0] the

@@ -1,12 +1,13 @@
-"""Batches of pixels for training and evaluation, on the CPU or a GPU: pipeline.graph over the images of a split.
+"""Batches of pixels for training and evaluation, on the CPU or a GPU.
 
-pipeline.batches says which images, crops, flips and shifts.
+pipeline.batches says which images, crops, flips and shifts; pipeline.pixels makes pixels of them.
 
 Shapes: N images of a batch, V views of one image.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,66 +16,57 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.batches import CENTRE, CROP, TEN_VIEWS, TrainingBatches
+from pipeline.batches import CENTRE, CROP, TEN_VIEWS, Batch, TrainingBatches, Views
 from pipeline.errors import DataError
-from pipeline.graph import OneViewFeed, graph
 from pipeline.manifest import IMAGE_SIZE
 from pipeline.shards import ShardImages
 
 
 class _Source:
-    """What DALI calls for the input of each batch. It knows no pipeline: DALI holds it, and they would hold each other.
+    """What DALI calls for each batch and its stored images. It knows no graph: that holds it, and they would hold each
+    other.
 
-    `feeds` gives pairs of (indices [N], what the graph is fed for them); its StopIteration tells DALI of the end.
+    The StopIteration of `batches` tells DALI of the end.
     """
 
-    def __init__(self, feeds: Iterator[tuple[np.ndarray, list]]):
-        self._feeds = feeds
-        self.under_way: deque[np.ndarray] = deque()  # indices of what DALI has not returned yet, oldest first
-        self.seconds = 0.0
+    def __init__(self, images: ShardImages, batches: Iterator[Batch]):
+        self._images, self._batches = images, batches
+        self.under_way: deque[Batch] = deque()  # what DALI has not returned yet, oldest first
+        self.seconds = 0.0  # of processor time
 
-    def __call__(self) -> list:
-        start = time.perf_counter()
-        indices, feed = next(self._feeds)
-        self.under_way.append(indices)
-        self.seconds += time.perf_counter() - start
-        return feed
+    def __call__(self) -> tuple[list[np.ndarray], Batch]:
+        start = time.thread_time()
+        batch = next(self._batches)
+        self.under_way.append(batch)
+        stored = self._images.stored_batch(batch.indices)
+        self.seconds += time.thread_time() - start
+        return stored, batch
 
 
-class _Pipeline:
-    """One run of the graph over `feeds`."""
+class _Delivery:
+    """The pixels and labels of `batches`, one by one: each image has the crops `views`, or (None) one of its own."""
 
     def __init__(
-        self,
-        images: ShardImages,
-        feeds: Iterator[tuple[np.ndarray, list]],
-        batch_size: int,
-        threads: int,
-        device: torch.device,
-        **settings,
+        self, images: ShardImages, batches: Iterator[Batch], mean: np.ndarray, scale: float, crop: int,
+        views: Views | None, batch_size: int, threads: int, device: torch.device,
     ):
-        self._images, self._device, self._on_gpu = images, device, device.type == "cuda"
-        self.source = _Source(feeds)
-        self._pipeline = graph(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device.index,
-            source=self.source,
-            store=images.store,
-            on_gpu=self._on_gpu,
-            **settings,
-        )
-        self._pipeline.build()
+        self._images, self._device = images, device
+        if device.type == "cuda":  # numba, which the CPU's way needs, is imported only where it is used
+            from pipeline.pixels.on_gpu import PixelsOnGpu as Pixels
+        else:
+            from pipeline.pixels.on_cpu import PixelsOnCpu as Pixels
+        self.source = _Source(images, batches)
+        self._pixels = Pixels(self.source, images.store, mean, scale, crop, views, batch_size, threads, device)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (pixels float32 [N * V, 3, crop, crop], labels int64 [N]); raise StopIteration after the last."""
-        if self._pipeline is None:
+        if self._pixels is None:
             raise ValueError("the loader is closed")
         try:
-            pixels = self._run()
+            output = self._pixels.run()
         except RuntimeError as error:
             self.close()  # DALI calls the pipeline invalid now, and does not say which image it was
-            suspects = [i for indices in self.source.under_way for i in indices]
+            suspects = [i for batch in self.source.under_way for i in batch.indices]
             jpegs = suspects if self._images.store == "jpeg" else []
             broken = [self._images.name(i) for i in jpegs if not _decodes(self._images.stored(i))]
             if not broken:
@@ -83,27 +75,17 @@ class _Pipeline:
                 f"{', '.join(broken)}: the stored JPEG cannot be decoded, so a shard is damaged: "
                 "find it with `alexnet verify`, then restore it or preprocess again"
             ) from error
-        labels = torch.from_numpy(self._images.labels[self.source.under_way.popleft()].astype(np.int64))
-        if self._on_gpu:  # from pinned memory, or the host would wait here for all work that the GPU has
+        batch = self.source.under_way.popleft()
+        pixels = self._pixels.pixels(output, batch)
+        labels = torch.from_numpy(self._images.labels[batch.indices].astype(np.int64))
+        if self._device.type == "cuda":  # from pinned memory, or the host would wait here for all work that the GPU has
             labels = labels.pin_memory().to(self._device, non_blocking=True)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])  # N * V, H, W, C
         return pixels.permute(0, 3, 1, 2), labels
 
-    def _run(self) -> torch.Tensor:
-        # Nothing is copied. Under DALI's default (dynamic) executor an output is memory of its own that lives as long
-        # as a tensor refers to it; the older executor would overwrite it two batches later.
-        if not self._on_gpu:
-            (output,) = self._pipeline.run()
-            return torch.from_dlpack(output.as_tensor())
-        # Given torch's stream, DALI makes that stream wait for the batch, not the host, and frees the memory in that
-        # stream's order: what torch has queued on it may still read the batch.
-        with torch.cuda.device(self._device):
-            (output,) = self._pipeline.run(torch.cuda.current_stream())
-            return torch.from_dlpack(output.as_tensor())
-
     def close(self) -> None:
         """Stop the threads and free the memory, but for what returned tensors still refer to."""
-        self._pipeline = None
+        self._pixels = None
 
 
 def _decodes(jpeg: np.ndarray) -> bool:
@@ -139,8 +121,8 @@ class TrainingLoader:
 
     Global step g is step g % steps_per_epoch of epoch g // steps_per_epoch in `batches`, so a loader that starts at
     step g continues another's batches exactly. The next batches are prepared by `threads` threads while the caller
-    computes; `wait_s` adds up the seconds that the caller had to wait for them nevertheless, `source_s` those in which
-    Python found the images and drew crops, flips and shifts (in the caller's thread: they are a part of `wait_s`).
+    computes; `wait_s` adds up the seconds that the caller had to wait for them nevertheless, `source_s` the processor
+    time in which Python found the images and drew crops, flips and shifts (in the caller's thread).
 
     `mean` is float32 [256, 256, 3], RGB in 0-255. Raises DataError for a mean of another shape, and in iteration where
     a stored image cannot be decoded. Use it in a `with` statement, or call close(), to release DALI's threads.
@@ -159,27 +141,26 @@ class TrainingLoader:
         if batches.images != len(images) or batches.image_size != IMAGE_SIZE:
             raise ValueError(f"batches of {batches.images} images of {batches.image_size} pixels for {len(images)}")
         self.wait_s = 0.0
-        mean, device = _checked(mean), _device(device)
-        feed = OneViewFeed(mean, scale, batches.crop, device.type == "cuda")
-        feeds = _training_feeds(images, batches, start_step, feed)
-        settings = {"mean": mean, "scale": scale, "crop": batches.crop, "views": None}
-        self._pipeline = _Pipeline(images, feeds, batches.batch_size, threads, device, **settings)
+        self._delivery = _Delivery(
+            images, _from_step(batches, start_step), _checked(mean), scale, batches.crop, None, batches.batch_size,
+            threads, _device(device),
+        )
 
     @property
     def source_s(self) -> float:
-        return self._pipeline.source.seconds
+        return self._delivery.source.seconds
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         start = time.perf_counter()
-        batch = self._pipeline.next()
+        batch = self._delivery.next()
         self.wait_s += time.perf_counter() - start
         return batch
 
     def close(self) -> None:
-        self._pipeline.close()
+        self._delivery.close()
 
     def __enter__(self) -> TrainingLoader:
         return self
@@ -188,14 +169,11 @@ class TrainingLoader:
         self.close()
 
 
-def _training_feeds(
-    images: ShardImages, batches: TrainingBatches, step: int, feed: OneViewFeed
-) -> Iterator[tuple[np.ndarray, list]]:
-    while True:
-        batch = batches.at(*divmod(step, batches.steps_per_epoch))
-        stored = images.stored_batch(batch.indices)
-        yield batch.indices, feed.of(stored, batch.anchors, batch.flips, batch.shifts)
-        step += 1
+def _from_step(batches: TrainingBatches, step: int) -> Iterator[Batch]:
+    # Several at a time: between two batches, decoding drives all that drawing needs from the processor's caches, so
+    # that the first one drawn takes many times as long as those that follow at once.
+    for first in itertools.count(step, 8):
+        yield from [batches.at(*divmod(step, batches.steps_per_epoch)) for step in range(first, first + 8)]
 
 
 class EvaluationLoader:
@@ -219,36 +197,33 @@ class EvaluationLoader:
     ):
         if views not in ("centre", "ten"):
             raise ValueError(f"views {views!r}: centre or ten")
-        self._images, self._mean, self._views = images, _checked(mean), TEN_VIEWS if views == "ten" else None
+        self._images, self._mean, self._views = images, _checked(mean), TEN_VIEWS if views == "ten" else CENTRE
         self._batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        settings = {"mean": self._mean, "scale": self._scale, "crop": CROP, "views": self._views}
-        pipeline = _Pipeline(self._images, self._feeds(), self._batch_size, self._threads, self._device, **settings)
+        several = self._views if len(self._views.flips) > 1 else None
+        delivery = _Delivery(
+            self._images, self._batches(), self._mean, self._scale, CROP, several, self._batch_size, self._threads,
+            self._device,
+        )
         try:
             while True:
                 try:
-                    batch = pipeline.next()
+                    batch = delivery.next()
                 except StopIteration:
                     return
                 yield batch
         finally:  # also when the iteration is abandoned
-            pipeline.close()
+            delivery.close()
 
-    def _feeds(self) -> Iterator[tuple[np.ndarray, list]]:
-        if self._views is None:
-            one_view = OneViewFeed(self._mean, self._scale, CROP, self._device.type == "cuda")
+    def _batches(self) -> Iterator[Batch]:
         for first in range(0, len(self._images), self._batch_size):
             indices = np.arange(first, min(first + self._batch_size, len(self._images)))
-            stored = self._images.stored_batch(indices)
-            if self._views is not None:
-                yield indices, [stored]
-            else:
-                anchors, flips = CENTRE.anchors.repeat(len(indices), axis=0), CENTRE.flips.repeat(len(indices))
-                yield indices, one_view.of(stored, anchors, flips, np.zeros((len(indices), 3)))
+            anchors, flips = np.tile(self._views.anchors, (len(indices), 1)), np.tile(self._views.flips, len(indices))
+            yield Batch(indices, anchors, flips, np.zeros((len(flips), 3), np.float32))
 
 
 def _checked(mean: np.ndarray) -> np.ndarray:

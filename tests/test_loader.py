@@ -17,7 +17,6 @@ from reference_pixels import decoded, view
 
 from pipeline.batches import CENTRE, TEN_VIEWS, Lighting, TrainingBatches
 from pipeline.errors import DataError
-from pipeline.graph import MeanCrops
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.manifest import Manifest, ShardFile, Split, SynsetClass
 from pipeline.shards import ShardImages, write_shard
@@ -139,16 +138,6 @@ def test_raw_pixels_make_the_batches_that_their_jpegs_make(images, raw, batches,
         found = list(EvaluationLoader(raw, MEAN, **settings))
         assert len(found) == 3
         assert_same(found, list(EvaluationLoader(images, MEAN, **settings)))
-
-
-def test_every_crop_of_the_mean_is_a_contiguous_view():
-    anchors = np.array([[0, 0], [32, 32], [5, 31], [7, 0]])
-    flips = np.array([False, True, True, False])
-    crops = MeanCrops(MEAN, 224)
-    for crop, again, (y, x), flip in zip(crops.at(anchors, flips), crops.at(anchors, flips), anchors, flips):
-        window = MEAN[y : y + 224, x : x + 224]
-        np.testing.assert_array_equal(crop, window[:, ::-1] if flip else window)
-        assert crop.flags.c_contiguous and np.shares_memory(crop, again)
 
 
 def test_decoders_agree_to_the_bit(images):

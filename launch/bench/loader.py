@@ -27,8 +27,8 @@ def loader_speed(
     """Deliver `batches` training batches `repeats` times, as a step that takes no time would ask for them.
 
     With `peers`, every repeat measures ours and each peer in turn, all with `threads` threads or worker processes; a
-    ratio is our images per second divided by the peer's in the same repeat. `source_share` is the share of the time
-    that goes to Python: finding the images, drawing crops, flips and shifts.
+    ratio is our images per second divided by the peer's in the same repeat. `source_share` is the share of our
+    processor time that goes to Python: finding the images, drawing crops, flips and shifts.
     """
     manifest, _ = load_manifest(shards)
     images = ShardImages(shards, manifest, "train")
@@ -44,7 +44,9 @@ def loader_speed(
         if peers:
             contestants["dataloader"] = stack.enter_context(loader_peers.dataloader(shards, mean, plan, threads))
             if find_spec("ffcv"):
-                contestants["ffcv"] = stack.enter_context(loader_peers.ffcv(images, manifest.rgb_mean, batch, threads))
+                contestants["ffcv"] = stack.enter_context(loader_peers.ffcv(
+                    images, manifest.rgb_mean, batch, threads, epoch=in_advance + batches
+                ))
             else:
                 left_out.append("ffcv: not installed")
             if images.store == "jpeg":
@@ -58,12 +60,13 @@ def loader_speed(
         for repeat in range(repeats):
             for name, contestant in [("ours", loader), *contestants.items()]:
                 _seconds(contestant, in_advance)
-                source_s = loader.source_s
+                source_s, processor_s = loader.source_s, time.process_time()
                 seconds = _seconds(contestant, batches)
+                processor_s = time.process_time() - processor_s
                 time.sleep(1.5 * in_advance * seconds / batches)
                 rates[name].append(batch * batches / seconds)
                 if name == "ours":
-                    shares.append((loader.source_s - source_s) / seconds)
+                    shares.append((loader.source_s - source_s) / processor_s)
     ours = rates.pop("ours")
     return result(
         "loader", "images_per_s", ours, store=images.store, batch=batch, threads=threads, device=str(device),

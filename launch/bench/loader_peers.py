@@ -22,8 +22,6 @@ from pipeline.batches import CROP, TrainingBatches
 from pipeline.manifest import IMAGE_SIZE, load_manifest
 from pipeline.shards import ShardImages
 
-FFCV_IMAGES = 4096  # packed for it, at most
-
 
 class _PillowImages(Dataset):
     """Training images as one would make them with Pillow and NumPy: float32 [224, 224, 3]."""
@@ -90,8 +88,11 @@ def dali_decode(
 
 
 @contextmanager
-def ffcv(images: ShardImages, rgb_mean: list[float], batch: int, threads: int) -> Iterator[Iterator]:
-    """FFCV, on the CPU, over a file of its own with the same pictures."""
+def ffcv(images: ShardImages, rgb_mean: list[float], batch: int, threads: int, epoch: int) -> Iterator[Iterator]:
+    """FFCV, on the CPU, over a file of its own: the same pictures, again and again for an epoch of `epoch` batches.
+
+    It starts threads and allocates memory anew for every epoch, which is not what is to be measured.
+    """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader, OrderOption
@@ -100,9 +101,10 @@ def ffcv(images: ShardImages, rgb_mean: list[float], batch: int, threads: int) -
 
     class Pixels(Dataset):
         def __len__(self) -> int:
-            return min(len(images), FFCV_IMAGES)
+            return batch * epoch
 
         def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            index %= len(images)
             stored = images.stored(index)
             if images.store == "jpeg":
                 stored = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
@@ -115,7 +117,7 @@ def ffcv(images: ShardImages, rgb_mean: list[float], batch: int, threads: int) -
         DatasetWriter(path, fields, num_workers=threads).from_indexed_dataset(Pixels())
         transforms = [CenterCropRGBImageDecoder((CROP, CROP), ratio=CROP / IMAGE_SIZE), RandomHorizontalFlip(),
                       NormalizeImage(np.array(rgb_mean), np.ones(3), np.float32), ToTensor(), ToTorchImage()]
-        loader = Loader(path, batch_size=batch, num_workers=threads, order=OrderOption.QUASI_RANDOM, os_cache=True,
+        loader = Loader(path, batch_size=batch, num_workers=threads, order=OrderOption.RANDOM, os_cache=True,
                         drop_last=True, pipelines={"image": transforms, "label": [IntDecoder(), ToTensor()]})
 
         def endless():

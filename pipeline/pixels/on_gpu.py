@@ -1,0 +1,90 @@
+"""Pixels on a GPU: DALI does all of it, decoding too.
+
+DALI's operators come in another order than pipeline.pixels says, with the same result: what can be done to bytes is
+done before they become floats, which are four times as large, and one kernel flips, makes floats and adds the shift.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.backend import TensorListGPU
+
+from pipeline.batches import Batch, Views
+from pipeline.manifest import IMAGE_SIZE
+from pipeline.pixels.dali import ANCHOR, DECODING, PREFETCHED_BATCHES, STORED, Source, fed
+
+# The share of the JPEG engine is DALI 2.4's default, pinned since it has changed between releases.
+_DECODING = DECODING | {"device": "mixed", "hw_decoder_load": 0.65}
+
+
+@pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
+def _one_crop(source: Source, store: str, mean: np.ndarray, scale: float, crop: int):
+    """Float pixels [crop, crop, 3]."""
+
+    def feed() -> list:
+        stored, batch = source()
+        mirrored_x = 2 * IMAGE_SIZE - crop - batch.anchors[:, 1]
+        mean_x = np.where(batch.flips, mirrored_x, batch.anchors[:, 1])
+        mean_anchors = np.stack([batch.anchors[:, 0], mean_x], axis=1)
+        return [stored, batch.anchors, batch.flips.astype(np.int32), batch.shifts, mean_anchors]
+
+    flips, shifts, window = (types.INT32, 0, ""), (types.FLOAT, 1, ""), {"shape": [crop, crop], "axes": [0, 1]}
+    image, anchor, flip, shift, mean_anchor = fed(feed, STORED[store], ANCHOR, flips, shifts, ANCHOR)
+    if store == "jpeg":
+        pixels = fn.decoders.image_slice(image, start=anchor, **window, **_DECODING)
+    else:
+        pixels = fn.slice(image, start=anchor, **window).gpu()  # cut on the CPU: the GPU is sent the crop alone
+    # Flip, make floats, add the shift and scale: (pixels - -shift) * scale.
+    pixels = fn.crop_mirror_normalize(
+        pixels, mirror=flip, mean=-shift, scale=scale, dtype=types.FLOAT, output_layout="HWC"
+    )
+    # The crop of the mean that belongs to a flipped image is cut from the mean's mirror image, which stands beside.
+    mean_and_mirror = np.concatenate([mean, mean[:, ::-1]], axis=1) * np.float32(scale)
+    return pixels - fn.slice(types.Constant(mean_and_mirror, device="gpu"), start=mean_anchor, **window)
+
+
+@pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
+def _several_crops(source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Views):
+    """Float pixels [V, crop, crop, 3], the same V views of every image."""
+    (image,) = fed(lambda: [source()[0]], STORED[store])
+    image = fn.decoders.image(image, **_DECODING) if store == "jpeg" else image.gpu()
+    crops, mean_crops = [], []
+    for (y, x), flip in zip(views.anchors.tolist(), views.flips.tolist()):
+        cut = fn.slice(image, start=[y, x], shape=[crop, crop], axes=[0, 1])
+        mean_crop = mean[y : y + crop, x : x + crop] * np.float32(scale)
+        crops.append(fn.flip(cut, horizontal=int(flip)))
+        mean_crops.append(mean_crop[:, ::-1] if flip else mean_crop)
+    return fn.stack(*crops) * scale - types.Constant(np.stack(mean_crops), device="gpu")
+
+
+class PixelsOnGpu:
+    """The batches that `source` gives with their stored images, one by one, on `device`."""
+
+    def __init__(
+        self, source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Views | None,
+        batch_size: int, threads: int, device: torch.device,
+    ):
+        pixels = {"source": source, "store": store, "mean": mean, "scale": scale, "crop": crop}
+        settings = {"batch_size": batch_size, "num_threads": threads, "device_id": device.index}
+        self._graph = _one_crop(**pixels, **settings) if views is None else _several_crops(
+            **pixels, views=views, **settings
+        )
+        self._graph.build()
+        self._device = device
+
+    def run(self) -> TensorListGPU:
+        """Return DALI's output for the next batch; raise StopIteration where the source has."""
+        # Given torch's stream, DALI makes that stream wait for the batch, not the host, and frees the memory in that
+        # stream's order: what torch has queued on it may still read the batch.
+        with torch.cuda.device(self._device):
+            (output,) = self._graph.run(torch.cuda.current_stream())
+        return output
+
+    def pixels(self, output: TensorListGPU, batch: Batch) -> torch.Tensor:
+        """Return float32 [N, crop, crop, 3] or [N, V, crop, crop, 3] of the output for `batch`."""
+        # Nothing is copied. Under DALI's default (dynamic) executor an output is memory of its own that lives as long
+        # as a tensor refers to it; the older executor would overwrite it two batches later.
+        with torch.cuda.device(self._device):
+            return torch.from_dlpack(output.as_tensor())

@@ -1,0 +1,72 @@
+"""The pass over the bytes on the CPU against NumPy, to the bit, and what becomes of its memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.batches import TEN_VIEWS, Batch
+from pipeline.pixels.finish import Finisher, _compiled
+
+GENERATOR = np.random.default_rng(0)
+MEAN = GENERATOR.uniform(0, 255, (256, 256, 3)).astype(np.float32)
+IMAGES = GENERATOR.integers(0, 256, (4, 256, 256, 3), np.uint8)
+
+
+def batch_of(anchors: np.ndarray, flips: np.ndarray) -> Batch:
+    shifts = GENERATOR.normal(0, 20, (len(flips), 3)).astype(np.float32)
+    return Batch(np.arange(len(IMAGES)), anchors, flips, shifts)
+
+
+def expected(batch: Batch, scale: float, crop: int) -> np.ndarray:
+    """The same float32 operations in the same order."""
+    crops, each = [], len(batch.flips) // len(IMAGES)
+    for k, ((y, x), flip, shift) in enumerate(zip(batch.anchors, batch.flips, batch.shifts)):
+        window = np.s_[y : y + crop, x : x + crop]
+        pixels = IMAGES[k // each][window].astype(np.float32) - MEAN[window]
+        crops.append(((pixels[:, ::-1] if flip else pixels) + shift) * np.float32(scale))
+    return np.stack(crops)
+
+
+RANDOM = batch_of(GENERATOR.integers(0, 33, (4, 2), np.int32), np.array([True, False, True, False]))
+CORNERS = batch_of(np.array([[0, 0], [0, 32], [32, 0], [32, 32]], np.int32), np.array([True, True, False, False]))
+TEN = batch_of(np.tile(TEN_VIEWS.anchors, (4, 1)), np.tile(TEN_VIEWS.flips, 4))
+
+
+@pytest.mark.parametrize("batch", [RANDOM, CORNERS, TEN], ids=["random", "corners", "ten views"])
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("scale", [1.0, 1 / 57])
+def test_crops_of_whole_images_are_numpys_to_the_bit(batch, threads, scale):
+    found = Finisher(MEAN, scale, 224, threads).finish(IMAGES, batch)
+    np.testing.assert_array_equal(found.numpy(), expected(batch, scale, 224))
+
+
+@pytest.mark.parametrize("crop", [1, 7, 224, 256])
+def test_crops_that_are_cut_already_are_numpys_to_the_bit(crop):
+    anchors = GENERATOR.integers(0, 257 - crop, (4, 2)).astype(np.int32)
+    batch = batch_of(anchors, np.array([False, True, True, False]))
+    cut = np.stack([image[y : y + crop, x : x + crop] for image, (y, x) in zip(IMAGES, anchors)])
+    found = Finisher(MEAN, 0.5, crop, 2).finish(cut, batch)
+    np.testing.assert_array_equal(found.numpy(), expected(batch, 0.5, crop))
+
+
+def test_memory_is_used_again_once_no_tensor_refers_to_it():
+    finisher = Finisher(MEAN, 1.0, 224, 2)
+    one = finisher.finish(IMAGES, RANDOM)
+    part = one.permute(0, 3, 1, 2)[2:]
+    place, pixels = one.data_ptr(), part.clone()
+    del one
+    other = finisher.finish(IMAGES, CORNERS)
+    assert other.data_ptr() != place and torch.equal(part, pixels)  # a view of the first batch is left
+    del part
+    again = finisher.finish(IMAGES, RANDOM)
+    assert again.data_ptr() == place
+    np.testing.assert_array_equal(again.numpy(), expected(RANDOM, 1.0, 224))
+    del again
+    assert finisher.finish(IMAGES[:2], batch_of(RANDOM.anchors[:2], RANDOM.flips[:2])).data_ptr() == place
+    assert finisher.finish(IMAGES, TEN).shape == (40, 224, 224, 3)  # more than what is free
+
+
+def test_functions_whose_code_cannot_be_kept_are_compiled_all_the_same():
+    assert _compiled(eval("lambda x: x + 1"))(2) == 3  # there is no file, so there is no place beside it
