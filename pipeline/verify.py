@@ -35,7 +35,7 @@ def verify(
                 try:
                     of_file = result.result()
                 except WorkerLost as error:
-                    raise DataError(f"{folder}: {error}: run again with fewer than {workers} workers") from None
+                    raise DataError(f"{folder}: {error}: run again with fewer --workers") from None
                 counts += of_file
                 done += int(of_file.sum())
                 if progress is not None:

@@ -160,6 +160,15 @@ def test_inspect_says_what_there_is_and_writes_nothing(source, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
+def test_inspect_says_that_val_images_will_be_held_out(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"not looked at")
+    assert alexnet("inspect", tmp_path).stdout.splitlines() == [
+        f"{tmp_path}: class-folders, 1 classes", "  train: 1 images of 1 classes, 1 to 1 each",
+        "  val: none; preprocess holds out some of the training images",
+    ]
+
+
 def test_archives_that_are_not_the_published_ones(source, tmp_path):
     for command in (["inspect", source], ["preprocess", source, tmp_path / "out"]):
         fails("published is ", *command, "--check-md5")

@@ -10,6 +10,8 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import signal
 import threading
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from pipeline import shards, storage
 from pipeline.errors import DataError, PreprocessError
 from pipeline.images import ENCODING, fit
 from pipeline.manifest import check_files, load_manifest
-from pipeline.packing import chunks, plan, preprocess
+from pipeline.packing import chunks, making, plan, preprocess
 from pipeline.packing.preprocess import Share
 from pipeline.sample import write_sample
 from pipeline.shards import ShardImages
@@ -258,6 +260,20 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, source, pack
     pack(source, tmp_path / "shards")
     assert (tmp_path / "shards/train-00000.arrow").stat().st_mtime_ns == first.st_mtime_ns  # not made twice
     assert contents(tmp_path / "shards") == contents(packed)
+
+
+class Killed(chunks.ChunkFitter):
+    def __call__(self, chunk):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_where_a_worker_was_killed_is_told(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(making, "ChunkFitter", Killed)
+    with pytest.raises(PreprocessError) as caught:
+        pack(source, tmp_path / "out")
+    where = re.search("killed, .* at one of [0-9]+ images from (.*) to (.*): run again", str(caught.value))
+    for name in where.groups():
+        assert (source / name).is_file()
 
 
 def test_torchrun_shares_the_work(tmp_path, torchrun):

@@ -63,10 +63,14 @@ def inspect(source: Path, check_md5: bool, as_json: bool) -> None:
         refused = f", {split.refused} entries that will not be read" if split.refused else ""
         click.echo(f"  {name}: {split.images} images of {split.classes} classes, {split.fewest} to {split.most} each"
                    f"{refused}")
+    if "val" not in splits:
+        click.echo("  val: none; preprocess holds out some of the training images")
     for line in found.missing:
         click.echo(f"  missing: {line}")
-    for name, verdict in sums.items():
-        click.echo(f"  MD5 of {name}: {verdict}")
+    for verdict in dict.fromkeys(sums.values()):
+        names = [name for name, found in sums.items() if found == verdict]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        click.echo(f"  MD5 {verdict}: {', '.join(names[:5])}{more}")
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.shards import write_shard
 from pipeline.sources import Entry, Source
 from pipeline.statistics import PixelStatistics
 from pipeline.storage import Storage
-from pipeline.workers import Workers
+from pipeline.workers import WorkerLost, Workers
 
 CHUNKS_PER_WORKER = 2
 
@@ -61,16 +62,25 @@ def _in_order(
     pool: Workers, limit: int, plan: Plan, shards: Iterable[Shard]
 ) -> Iterator[tuple[Shard, list[Entry], tuple[list[Fitted], PixelStatistics]]]:
     """Fit shard after shard, chunk after chunk, with at most `limit` chunks under way."""
-    under_way: deque = deque()
+    under_way: deque[tuple[Shard, list[Entry], Future]] = deque()
     for shard in shards:
         entries = plan.entries(shard)
         for part in chunks(entries):
             if len(under_way) == limit:
-                *chunk, result = under_way.popleft()
-                yield *chunk, result.result()
+                yield _finished(*under_way.popleft())
             under_way.append((shard, entries[part], pool.submit(entries[part])))
-    for *chunk, result in under_way:
-        yield *chunk, result.result()
+    while under_way:
+        yield _finished(*under_way.popleft())
+
+
+def _finished(
+    shard: Shard, entries: list[Entry], result: Future
+) -> tuple[Shard, list[Entry], tuple[list[Fitted], PixelStatistics]]:
+    try:
+        return shard, entries, result.result()
+    except WorkerLost as error:  # should an image have done that, the user finds it
+        first, last = (_printable(f"{e.archive} {e.member}".strip()) for e in (entries[0], entries[-1]))
+        raise WorkerLost(f"{error}, at one of {len(entries)} images from {first} to {last}") from None
 
 
 def _write(

@@ -58,7 +58,7 @@ def preprocess(
     worker is killed. After any failure there is no manifest, and the same call goes on where this one ended.
     """
     progress = progress or (lambda done, expected, what: None)
-    with _one_line_errors(storage, workers):
+    with _one_line_errors(storage):
         _check_location(source, storage)
         indices = {split: Index(source, split, lambda n, split=split: progress(n, None, f"listing {split}"))
                    for split in source.splits}
@@ -85,12 +85,12 @@ def preprocess(
 
 
 @contextmanager
-def _one_line_errors(storage: Storage, workers: int) -> Iterator[None]:
+def _one_line_errors(storage: Storage) -> Iterator[None]:
     try:
         yield
     except WorkerLost as error:
-        raise PreprocessError(f"{error}: run again with fewer than {workers} workers, or with more memory; it goes on "
-                              "where it was") from None
+        raise PreprocessError(f"{error}: run again with fewer --workers or more memory; it goes on where it was"
+                              ) from None
     except OSError as error:  # the source's own are DataErrors
         reason = error.strerror or " ".join(str(error).split())
         raise PreprocessError(f"{storage.location}: cannot be read or written ({reason}): mend that and run again; it "

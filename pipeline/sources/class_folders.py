@@ -17,7 +17,6 @@ from pipeline.sources.words import LOC_SYNSET_MAPPING, SYNSET_WORDS, WORDS, read
 
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
-_NO_VAL = "val/, the validation images: some of the training images are held out for them"
 _UNSORTED_VAL = "sort its images into folders named like those of train/, or remove it"
 
 
@@ -40,7 +39,7 @@ class ClassFolders:
         self.path = self.root = path
         self._wnids: dict[str, list[str]] = {}  # by split
         self._folders: dict[str, str] = {}  # by split
-        test_without_classes = ()
+        self.missing: tuple[str, ...] = ()
         for folder, split in SPLIT_OF_FOLDER.items():
             if not (path / folder).is_dir():
                 continue
@@ -52,11 +51,10 @@ class ClassFolders:
             elif split == "val":
                 raise DataError(f"{path / folder}: holds no class folders: {_UNSORTED_VAL}")
             elif split == "test":
-                test_without_classes = ("the test images' classes: they are left out",)
+                self.missing = ("the test images' classes: they are left out",)
         if "train" not in self._wnids:
             raise DataError(f"{path}: holds no train/<class>/ folders with images: add them")
         self.splits = _splits(path, self._wnids)
-        self.missing = (() if "val" in self.splits else (_NO_VAL,)) + test_without_classes
         lists = [path / name for name in (SYNSET_WORDS, WORDS, LOC_SYNSET_MAPPING) if (path / name).is_file()][:1]
         self.archives = tuple(lists)
         wnids = self._wnids["train"]
@@ -117,7 +115,7 @@ class ClassFolderArchive:
         if unsorted and not val_folders:
             raise DataError(f"{path}: {shown(unsorted)}/ holds no class folders: unpack it, and {_UNSORTED_VAL}")
         self.splits = _splits(path, wnids)
-        self.missing = () if "val" in self.splits else (_NO_VAL,)
+        self.missing = ()
         self.classes = [SynsetClass(wnid, "") for wnid in sorted(wnids["train"])]
 
     def entries(self, split: str) -> Iterator[Entry]:

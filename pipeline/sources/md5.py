@@ -18,12 +18,12 @@ KNOWN_MD5 = {
 
 
 def check_md5(source: Source, progress: Callable[[int, int | None, str], object] | None = None) -> dict[str, str]:
-    """Return for each archive of `source`, by file name: "as published", or that no sum is known, and it is not read.
+    """Return for each archive of `source`, by file name: "as published", or "not known", and it is not read.
 
     `progress` is told (bytes read, bytes to be read, what is done). Raises DataError naming the first archive that
     cannot be read or has another sum.
     """
-    verdicts = {path.name: "no published MD5 known" for path in source.archives}
+    verdicts = {path.name: "not known" for path in source.archives}
     known = [path for path in source.archives if path.name in KNOWN_MD5]
     done, path = 0, source.path
     try:

@@ -13,8 +13,8 @@ from pipeline.errors import DataError
 from pipeline.manifest import SynsetClass
 from pipeline.sources.archives import LARGEST_BYTES, TAR_SUFFIXES, Member, open_tar, shown
 from pipeline.sources.source import Entry
+from pipeline.sources.words import WORDS, read_words
 
-WORDS = "words.txt"  # lines "wnid<TAB>words", beside the tars, inside the archive, or beside that
 MEMBERS_LOOKED_AT = 64  # of an archive, for a class tar
 
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
@@ -22,7 +22,7 @@ _IMAGE = re.compile(r"(n\d{8})_")
 
 
 class SynsetTars:
-    """Only training images: the publishers split nothing.
+    """Only training images: the publishers split nothing. Words come from words.txt, inside the archive or beside it.
 
     A tar that holds no image that can be read is no class. Files that are not named like a class tar are passed over.
     Opening looks into every class tar; for that, a compressed archive is unpacked once, without keeping anything.
@@ -50,11 +50,11 @@ class SynsetTars:
         self._names: list[str] | None = None  # of the tars in the folder
         self.root = path.parent if path.is_file() else path
         beside = self.root / WORDS
-        words = beside.read_bytes() if beside.is_file() else b""
-        self.archives = (beside,) if words else ()
+        self.archives = (beside,) if beside.is_file() else ()
+        inside = None  # the archive's own list of words
         if path.is_file():
             self.archives += (path,)
-            wnids, words = self._look_inside(words)
+            wnids, inside = self._look_inside()
         else:
             with os.scandir(path) as found:
                 self._names = sorted(entry.name for entry in found if _wnid(entry.name) and entry.is_file())
@@ -66,9 +66,12 @@ class SynsetTars:
                         wnids.append(_wnid(name))
         if not wnids:
             raise DataError(f"{path}: no class tar holds an image")
-        lines = words.decode(errors="replace").splitlines()
-        words_of_wnid = dict(line.split("\t", 1) for line in lines if "\t" in line)
-        self.classes = [SynsetClass(wnid, words_of_wnid.get(wnid, "").strip()) for wnid in sorted(wnids)]
+        words_of_wnid = {}
+        if inside is not None:
+            words_of_wnid = read_words(path / WORDS, wnids, inside)
+        elif beside.is_file():
+            words_of_wnid = read_words(beside, wnids)
+        self.classes = [SynsetClass(wnid, words_of_wnid.get(wnid, "")) for wnid in sorted(wnids)]
         self._label_of_wnid = {c.wnid: label for label, c in enumerate(self.classes)}
 
     def entries(self, split: str) -> Iterator[Entry]:
@@ -88,9 +91,10 @@ class SynsetTars:
                 wnid = _wnid(name)
                 yield from class_tar_entries(tar.members(), self.path / name, wnid, self._label(wnid))
 
-    def _look_inside(self, words: bytes) -> tuple[list[str], bytes]:
-        """Return the wnids that have an image, and the words that lie in the archive or, if none do, `words`."""
+    def _look_inside(self) -> tuple[list[str], bytes | None]:
+        """Return the wnids that have an image, and the list of words, if the archive holds one."""
         holds_image: dict[str, bool] = {}
+        words = None
         with open_tar(self.path) as tar:
             for member in tar.members(math.inf):
                 if member.refused:

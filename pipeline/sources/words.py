@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -14,14 +15,16 @@ SYNSET_WORDS, WORDS, LOC_SYNSET_MAPPING = "synset_words.txt", "words.txt", "LOC_
 _LONGEST_LINE_BYTES = 1 << 16
 
 
-def read_words(path: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
+def read_words(path: Path, wanted: Collection[str] | None = None, data: bytes | None = None) -> dict[str, str]:
     """Return the words of each wnid that is in `wanted`, or of each in the list; other lines are passed over.
+
+    The list is `data`, if given, which was found in an archive, at `path`.
 
     Raises DataError naming a line that has no words, is not UTF-8, or whose wnid was there before.
     """
     words_of_wnid: dict[str, str] = {}
     wanted_bytes = None if wanted is None else {wnid.encode() for wnid in wanted}
-    for number, line in lines(path):
+    for number, line in lines(path, data):
         first, *rest = line.split(None, 1)
         if wanted_bytes is not None and first not in wanted_bytes:
             continue
@@ -34,15 +37,17 @@ def read_words(path: Path, wanted: Collection[str] | None = None) -> dict[str, s
     return words_of_wnid
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path, data: bytes | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield the number of each line that is not blank, from 1, and the line without the white space around it.
+
+    They are those of `data`, if given.
 
     Raises DataError where the file cannot be read or a line is longer than 64 KiB.
     """
     try:
-        if not path.is_file():  # a pipe would block
+        if data is None and not path.is_file():  # a pipe would block
             raise DataError(f"{path}: is missing, or not a plain file: restore it")
-        with open(path, "rb") as file:
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
             number = 0
             while line := file.readline(_LONGEST_LINE_BYTES):
                 number += 1
