@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from launch.errors import RunFailed, UserError
 from model.errors import PeerError, reason
-from pipeline.files import sha256_of, sync_folder, write_durably
+from pipeline.files import sha256_of, sync, write_durably
 
 STATE = "state.json"
 
@@ -51,7 +51,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, t
         files = {path.name: sha256_of(path) for path in sorted(temporary.glob("*.safetensors"))}
         write_durably(temporary / STATE, json.dumps({**state, "step": step, "files": files}, indent=1).encode())
         os.replace(temporary, final)
-        sync_folder(folder)
+        sync(folder)
         for old in steps(folder)[:-keep]:
             shutil.rmtree(old)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.files import TEMPORARY, sha256_of, sync_folder, write_durably
+from pipeline.files import TEMPORARY, locked, sha256_of, sync, write_durably
 from pipeline.manifest import FILE_NAME, ShardFile, parse_manifest
-from pipeline.storage import LocalStorage, Storage, open_storage
+from pipeline.storage import LocalStorage, ObjectStorage, open_storage
 
 
 def local_shards(
@@ -33,14 +31,14 @@ def local_shards(
     try:
         raw = storage.read(FILE_NAME)
     except OSError as error:
-        raise DataError(f"{location}: no manifest can be read there ({_reason(error)}); make the shards with "
+        raise DataError(f"{storage.location}: no manifest can be read there ({_reason(error)}); make the shards with "
                         "`alexnet preprocess SOURCE OUT`, or check address and credentials") from None
-    manifest = parse_manifest(raw, f"{location}: {FILE_NAME}")
+    manifest = parse_manifest(raw, f"{storage.location}: {FILE_NAME}")
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet"
     folder = cache / hashlib.sha256(raw).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        with locked(folder / "lock", wait=True):
             if not (folder / FILE_NAME).exists():
                 _fetch(storage, manifest.files(), folder, progress)
                 write_durably(folder / FILE_NAME, raw)
@@ -49,15 +47,8 @@ def local_shards(
     return folder
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, by a kill too
-        yield
-
-
 def _fetch(
-    storage: Storage, files: list[ShardFile], folder: Path, progress: Callable[[int, int], object] | None
+    storage: ObjectStorage, files: list[ShardFile], folder: Path, progress: Callable[[int, int], object] | None
 ) -> None:
     """Fetch what is not there yet; a file takes its name when it has been found whole."""
     total, done = sum(file.bytes for file in files), 0
@@ -76,11 +67,12 @@ def _fetch(
                 temporary.unlink()
                 raise DataError(f"{storage.location}: {file.name} is not the file that its manifest names; restore it "
                                 "or preprocess again")
+            sync(temporary)
             os.replace(temporary, path)
         done += file.bytes
         if progress is not None:
             progress(done, total)
-    sync_folder(folder)
+    sync(folder)
 
 
 def _reason(error: OSError) -> str:

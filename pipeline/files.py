@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from pipeline.errors import PreprocessError
 
 TEMPORARY = ".tmp"  # how the name of a file ends that is not whole yet
 
@@ -29,7 +33,29 @@ def creating(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock, which is let go of when the block ends, by a kill too. BlockingIOError where another holds it and
+    `wait` is False."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
+def scratch_file() -> Iterator[BinaryIO]:
+    """Give a temporary file, which vanishes with the block. PreprocessError where it cannot be written."""
+    place = os.environ.get("TMPDIR", "/tmp")
+    try:
+        place = tempfile.gettempdir()
+        with tempfile.NamedTemporaryFile(prefix="alexnet-") as file:
+            yield file
+    except OSError as error:
+        raise PreprocessError(f"{place}: cannot be written ({error.strerror}): free some space there, or name another "
+                              "folder in TMPDIR; it goes on where it was") from None
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -37,9 +63,9 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make what a file holds durable, or the renames inside a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

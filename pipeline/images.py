@@ -9,7 +9,7 @@ import simplejpeg
 from pipeline.decoders import TOO_MUCH_MEMORY, BrokenImage, decode
 from pipeline.manifest import IMAGE_SIZE
 
-__all__ = ["ENCODING", "BrokenImage", "centre_square", "encode", "fit"]
+__all__ = ["ENCODING", "BrokenImage", "centre_square", "encode", "encoding_of", "fit"]
 
 QUALITY = 90
 ENCODING = f"jpeg, quality {QUALITY}, 4:2:0"
@@ -43,6 +43,11 @@ def centre_square(pixels: np.ndarray) -> np.ndarray:
     multiple = -(-side // IMAGE_SIZE) * IMAGE_SIZE
     enlarged = cv2.resize(square, (multiple, multiple), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(enlarged, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+
+
+def encoding_of(store: str) -> str:
+    """Say how images are stored, for the manifest."""
+    return ENCODING if store == "jpeg" else "raw RGB"
 
 
 def encode(pixels: np.ndarray) -> bytes:

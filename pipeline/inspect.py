@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.progress import Progress
 from pipeline.sources import Source
 
 PROGRESS_IMAGES = 1 << 14
@@ -20,7 +20,7 @@ class SplitReport:
     most: int
 
 
-def inspect(source: Source, progress: Callable[[int, int | None, str], object] | None = None) -> dict[str, SplitReport]:
+def inspect(source: Source, progress: Progress | None = None) -> dict[str, SplitReport]:
     """List every split of `source`; return what each holds.
 
     `progress` is told (images so far, None, what is done). Raises DataError where an archive is damaged, or where

@@ -19,6 +19,7 @@ from pipeline.files import sha256_of
 from pipeline.storage import Storage
 
 FILE_NAME = "manifest.json"
+REJECTED_NAME = "rejected.jsonl"  # a line: {"split", "archive", "member", "wnid", "reason", "sha256"}
 FORMAT = 2
 IMAGE_SIZE = 256  # pixels, both sides of every stored image
 SPLITS = ("train", "val", "test")  # the last one only where the source has labels for it

@@ -17,7 +17,7 @@ from scipy.io import savemat
 
 from pipeline.drawing import CLASSES, draw
 from pipeline.errors import DataError
-from pipeline.files import sync_folder
+from pipeline.files import sync
 from pipeline.sources import ilsvrc2012
 
 ARCHIVES = (ilsvrc2012.TRAIN, ilsvrc2012.VAL, ilsvrc2012.DEVKIT)
@@ -93,7 +93,7 @@ def write_sample(
             _write_devkit(temporary[ilsvrc2012.DEVKIT], truth, train_per_class)
             for name, path in temporary.items():
                 os.replace(path, out / name)
-            sync_folder(out)
+            sync(out)
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)

@@ -1,13 +1,13 @@
 """Where shards are written: a local folder, or a place in an object store (s3://, gs:// through pyarrow.fs).
 
-Either way a file appears under its name whole or not at all.
+A file appears under its name when it is whole. An upload that fails removes what it has left.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import DataError
-from pipeline.files import TEMPORARY, creating
+from pipeline.files import TEMPORARY, creating, scratch_file
 
 COPY_BYTES = 8 << 20
 
@@ -25,7 +25,7 @@ COPY_BYTES = 8 << 20
 class Storage(Protocol):
     """Names are relative, with "/" between folders. Every method may raise OSError."""
 
-    location: str  # as the user gave it
+    location: str  # as the user gave it, for messages
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return the bytes of every file by name; folders end with "/". Nothing where the location is not there."""
@@ -40,9 +40,6 @@ class Storage(Protocol):
 
     def remove_temporary(self, folder: str = "") -> None:
         """Remove what killed processes left half written. None may be writing."""
-
-    def download(self, name: str, path: Path) -> None:
-        """Copy to a local file."""
 
 
 def open_storage(location: str | Path) -> Storage:
@@ -79,16 +76,16 @@ class LocalStorage:
             yield file
 
     def remove_folder(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.folder / name)
+        for _ in range(5):  # another process may add or remove a file at this moment
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            if not (self.folder / name).exists():
+                return
+        shutil.rmtree(self.folder / name)
 
     def remove_temporary(self, folder: str = "") -> None:
         for name in self.sizes(folder):
             if name.endswith(TEMPORARY):
                 (self.folder / name).unlink(missing_ok=True)
-
-    def download(self, name: str, path: Path) -> None:
-        shutil.copyfile(self.folder / name, path)
 
 
 class ObjectStorage:
@@ -96,14 +93,16 @@ class ObjectStorage:
     URI (`s3://bucket/folder?endpoint_override=host:port&scheme=http`)."""
 
     def __init__(self, location: str):
-        self.location = location
+        self.location = re.sub("//[^/]*@", "//", location)  # without a key and a secret
         try:
             self._files, self._base = fs.FileSystem.from_uri(location)
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise DataError(f"{location}: not a usable location ({_first_line(error)})") from None
+            raise DataError(f"{self.location}: not a usable location ({_first_line(error)})") from None
+        if isinstance(self._files, fs.LocalFileSystem):
+            raise DataError(f"{self.location}: give a local folder by its path, {self._base}")
         self._base = self._base.rstrip("/")
         if not self._base:
-            raise DataError(f"{location}: names no folder; give one, like s3://bucket/folder")
+            raise DataError(f"{self.location}: names no folder; give one, like s3://bucket/folder")
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         base = f"{self._base}/{folder}".rstrip("/")
@@ -122,21 +121,33 @@ class ObjectStorage:
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
-        # To a local file first: an upload that was broken off would appear cut, but whole to those who look.
-        with tempfile.TemporaryFile() as file:
+        # To a local file first: what is uploaded appears under its name when the upload is closed, whole or not.
+        failure = None
+        with scratch_file() as file:
             yield file
+            file.flush()
             file.seek(0)
-            with self._files.open_output_stream(f"{self._base}/{name}") as upload:
-                shutil.copyfileobj(file, upload, COPY_BYTES)
+            try:
+                with self._files.open_output_stream(f"{self._base}/{name}") as upload:
+                    shutil.copyfileobj(file, upload, COPY_BYTES)
+            except BaseException as error:
+                with suppress(OSError):
+                    self._files.delete_file(f"{self._base}/{name}")
+                if not isinstance(error, OSError):
+                    raise
+                failure = error
+        if failure is not None:  # not the scratch file's
+            raise failure
 
     def remove_folder(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._files.delete_dir(f"{self._base}/{name}")
 
     def remove_temporary(self, folder: str = "") -> None:
-        """Uploads that were broken off are invisible; the store's own life-cycle rules remove them."""
+        """Uploads of killed processes are invisible; the store's own life-cycle rules remove them."""
 
     def download(self, name: str, path: Path) -> None:
+        """Copy to a local file."""
         with self._files.open_input_stream(f"{self._base}/{name}") as file, open(path, "wb") as copy:
             shutil.copyfileobj(file, copy, COPY_BYTES)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections import Counter
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -10,39 +11,58 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 
-from pipeline.errors import DataError
-from pipeline.manifest import IMAGE_SIZE, Manifest, ShardFile, check_files
+from pipeline.errors import DataError, PreprocessError
+from pipeline.manifest import IMAGE_SIZE, REJECTED_NAME, Manifest, ShardFile, check_files
+from pipeline.progress import Progress
 from pipeline.shards import RAW_BYTES, read_batches
+from pipeline.storage import Storage
 from pipeline.workers import WorkerLost, Workers
 
 
-def verify(
-    folder: Path, manifest: Manifest, workers: int, progress: Callable[[int, int, str], object] | None = None
-) -> None:
+def verify(folder: Path, manifest: Manifest, workers: int, progress: Progress | None = None) -> None:
     """Hash every file, decode every image and count the classes.
 
-    `progress` is told (images done, images of all splits, "verifying"). Raises DataError naming the first file that is
-    not what it was, and its first image that cannot be decoded.
+    Raises DataError naming the first file that is not what it was, and its first image that cannot be decoded;
+    PreprocessError where worker processes cannot be started or are killed.
     """
     check_files(folder, [mean := manifest.mean])
     check_mean(folder / mean.name)
     total = sum(split.images for split in manifest.splits.values())
     done = 0
-    with Workers(workers, ShardChecker(folder, manifest.store)) as pool:
-        for split_name, split in manifest.splits.items():
-            counts = np.zeros(len(manifest.classes), np.int64)
-            for result in as_completed([pool.submit((file, len(manifest.classes))) for file in split.files]):
-                try:
+    try:
+        with Workers(workers, ShardChecker(folder, manifest.store)) as pool:
+            for split_name, split in manifest.splits.items():
+                counts = np.zeros(len(manifest.classes), np.int64)
+                for result in as_completed([pool.submit((file, len(manifest.classes))) for file in split.files]):
                     of_file = result.result()
-                except WorkerLost as error:
-                    raise DataError(f"{folder}: {error}: run again with fewer --workers") from None
-                counts += of_file
-                done += int(of_file.sum())
-                if progress is not None:
-                    progress(done, total, "verifying")
-            if counts.tolist() != split.class_counts:
-                raise DataError(f"{folder}: the labels of {split_name} are not those that its manifest counts; restore "
-                                "it or preprocess again")
+                    counts += of_file
+                    done += int(of_file.sum())
+                    if progress is not None:
+                        progress(done, total, "verifying")
+                if counts.tolist() != split.class_counts:
+                    raise DataError(f"{folder}: the labels of {split_name} are not those that its manifest counts; "
+                                    "restore it or preprocess again")
+    except WorkerLost as error:
+        raise PreprocessError(f"{folder}: {error}: run again with fewer --workers") from None
+
+
+def verify_place(storage: Storage, manifest: Manifest) -> None:
+    """Look at what a local copy of an object store does not show: that every file is still there, by its size, and that
+    rejected.jsonl has as many lines as the manifest counts. DataError where not."""
+    where = storage.location
+    try:
+        sizes, rejected = storage.sizes(), storage.read(REJECTED_NAME)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror or error}); restore it") from None
+    for file in manifest.files():
+        if sizes.get(file.name) != file.bytes:
+            raise DataError(f"{where}: {file.name} is missing or not {file.bytes} bytes long; preprocess again")
+    try:
+        of_split = Counter(json.loads(line)["split"] for line in rejected.splitlines())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: {REJECTED_NAME} is damaged ({type(error).__name__}); restore it") from None
+    if of_split != Counter({name: split.rejected for name, split in manifest.splits.items()}):
+        raise DataError(f"{where}: {REJECTED_NAME} has other lines than the manifest counts; restore it")
 
 
 def check_mean(path: Path) -> None:

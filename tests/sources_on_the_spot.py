@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.manifest import Manifest
+from pipeline.packing.agreement import Share
 from pipeline.packing.plan import Packing
-from pipeline.packing.preprocess import Share, preprocess
+from pipeline.packing.preprocess import preprocess
 from pipeline.sources import open_source
 from pipeline.storage import open_storage
 

@@ -24,8 +24,8 @@ from pipeline import shards, storage
 from pipeline.errors import DataError, PreprocessError
 from pipeline.images import ENCODING, fit
 from pipeline.manifest import check_files, load_manifest
-from pipeline.packing import chunks, making, plan, preprocess
-from pipeline.packing.preprocess import Share
+from pipeline.packing import agreement, chunks, making, plan
+from pipeline.packing.agreement import Share
 from pipeline.sample import write_sample
 from pipeline.shards import ShardImages
 
@@ -34,7 +34,7 @@ from pipeline.shards import ShardImages
 def small_shards():
     """Shards of eight images and chunks of two, so that there are several of both."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess, "PATIENCE_S", 30)
+        patch.setattr(agreement, "PATIENCE_S", 30)
         patch.setattr(chunks, "CHUNK_IMAGES", 2)
         patch.setattr(shards, "ROWS_PER_BATCH", 4)
         patch.setattr(plan, "ROWS_PER_SHARD", {"jpeg": 8, "raw": 4})

@@ -16,10 +16,10 @@ from sources_on_the_spot import contents, pack, write_folders
 from pipeline.cache import local_shards
 from pipeline.errors import DataError, PreprocessError
 from pipeline.manifest import load_manifest
-from pipeline.packing import chunks, plan, preprocess
-from pipeline.packing.preprocess import Share
+from pipeline.packing import agreement, chunks, plan
+from pipeline.packing.agreement import Share
 from pipeline.storage import ObjectStorage, open_storage
-from pipeline.verify import verify
+from pipeline.verify import verify, verify_place
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def small_shards():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess, "PATIENCE_S", 30)
+        patch.setattr(agreement, "PATIENCE_S", 30)
         patch.setattr(chunks, "CHUNK_IMAGES", 2)
         patch.setattr(plan, "ROWS_PER_SHARD", {"jpeg": 4, "raw": 4})
         yield
@@ -119,14 +119,59 @@ def test_a_block_that_fails_uploads_nothing(server, bucket):
     assert storage.sizes() == {}
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_upload_that_breaks_off_leaves_nothing(server, bucket, monkeypatch, error):
+    def breaks_off(file, upload, size):
+        upload.write(file.read(1 << 20))
+        raise error("cut")
+
+    storage = open_storage(f"s3://{bucket}/x{server}")
+    monkeypatch.setattr("pipeline.storage.shutil.copyfileobj", breaks_off)
+    with pytest.raises(error, match="cut"), storage.create("half") as file:
+        file.write(bytes(3 << 20))
+    assert storage.sizes() == {}
+
+
+def test_no_room_for_temporary_files_is_told_as_such(server, bucket, source, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere/at/all")
+    with pytest.raises(PreprocessError, match="^/nowhere/at/all: cannot be written .*TMPDIR"):
+        pack(source, f"s3://{bucket}/x{server}")
+
+
 @pytest.mark.parametrize("location, said", [
     ("s3://", "names no folder"), ("ftp://host/x", "not a usable location"),
-    ("s3://no-bucket-of-that-name/x", "cannot be read or written"),
+    ("s3://no-bucket-of-that-name/x", "cannot be read or written"), ("file:///data/x", "by its path, /data/x"),
 ])
 def test_locations_that_are_none(server, source, location, said):
     with pytest.raises((DataError, PreprocessError), match=said) as caught:
         pack(source, location + (server if "no-bucket" in location else ""))
     assert "\n" not in str(caught.value)
+
+
+def test_keys_in_a_location_are_not_shown():
+    assert open_storage("s3://key:secret@bucket/x?region=us-east-1").location == "s3://bucket/x?region=us-east-1"
+
+
+def test_what_the_store_has_lost_is_told_though_a_copy_is_whole(server, bucket, source, tmp_path):
+    location = f"s3://{bucket}/shards{server}"
+    manifest, storage = pack(source, location), open_storage(location)
+    verify(local_shards(location, tmp_path), manifest, 1)
+    verify_place(storage, manifest)
+    files, base = fs.FileSystem.from_uri(location)
+    shard, rejected = storage.read("train-00001.arrow"), storage.read("rejected.jsonl")
+    files.delete_file(f"{base}/train-00001.arrow")
+    with pytest.raises(DataError, match="train-00001.arrow is missing"):
+        verify_place(storage, manifest)
+    with storage.create("train-00001.arrow") as file:
+        file.write(shard)
+    for lines, said in ((rejected[:-9], "damaged"), (b"".join(rejected.splitlines(True)[1:]), "has other lines")):
+        with storage.create("rejected.jsonl") as file:
+            file.write(lines)
+        with pytest.raises(DataError, match=f"rejected.jsonl .*{said}"):
+            verify_place(storage, manifest)
+    files.delete_file(f"{base}/train-00001.arrow")
+    pack(source, location)
+    assert storage.read("train-00001.arrow") == shard
 
 
 def test_a_cache_holds_a_copy_that_is_checked_and_kept(server, bucket, source, packed, tmp_path):
@@ -158,16 +203,23 @@ def test_processes_of_one_host_fetch_once(server, bucket, source, tmp_path, monk
     assert sorted(fetched) == sorted(file.name for file in manifest.files())
 
 
-def test_a_broken_fetch_goes_on_and_a_changed_file_is_named(server, bucket, source, tmp_path, monkeypatch):
+def test_a_changed_file_is_named_and_the_next_fetch_goes_on(server, bucket, source, packed, tmp_path, monkeypatch):
     location = f"s3://{bucket}/shards{server}"
-    manifest = pack(source, location)
+    manifest, storage = pack(source, location), open_storage(location)
     names = [file.name for file in manifest.files()]
-    with open_storage(location).create(names[1]) as file:
+    with storage.create(names[1]) as file:
         file.write(b"another file")
     with pytest.raises(DataError, match=f"{names[1]} is not the file that its manifest names"):
         local_shards(location, tmp_path)
     (folder,) = tmp_path.iterdir()
     assert not (folder / "manifest.json").exists() and sorted(contents(folder)) == sorted(["lock", names[0]])
+
+    with storage.create(names[1]) as file:
+        file.write(packed[names[1]])
+    fetched, download = [], ObjectStorage.download
+    monkeypatch.setattr(ObjectStorage, "download", lambda *a: (fetched.append(a[1]), download(*a)))
+    assert local_shards(location, tmp_path) == folder and fetched == names[1:]
+    verify(folder, manifest, 1)
 
 
 def test_no_shards_there(server, bucket, tmp_path):

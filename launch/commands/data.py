@@ -98,9 +98,10 @@ def preprocess(source: Path, out: str, store: str, seed: int, hold_out: float, s
     """
     from launch.environment import die_with_torchrun, local_size, rank_and_size, usable_cores
     from launch.progress import TaskBars
-    from pipeline.packing.outcome import REJECTED_NAME
+    from pipeline.manifest import REJECTED_NAME
+    from pipeline.packing.agreement import Share
     from pipeline.packing.plan import Packing
-    from pipeline.packing.preprocess import Share, preprocess
+    from pipeline.packing.preprocess import preprocess
     from pipeline.sources import open_source
     from pipeline.storage import open_storage
 
@@ -117,8 +118,8 @@ def preprocess(source: Path, out: str, store: str, seed: int, hold_out: float, s
         return
     counts = ", ".join(f"{split.images} {name}" for name, split in manifest.splits.items())
     held_out = f" ({manifest.held_out:.0%} held out of the training images as val)" if manifest.held_out else ""
-    left_out = f"; {manifest.rejected} left out, see {out}/{REJECTED_NAME}" if manifest.rejected else ""
-    click.echo(f"{out}: {counts} images of {len(manifest.classes)} classes{held_out}{left_out}")
+    left_out = f"; {manifest.rejected} left out, see {REJECTED_NAME} there" if manifest.rejected else ""
+    click.echo(f"{storage.location}: {counts} images of {len(manifest.classes)} classes{held_out}{left_out}")
 
 
 def _check_md5(source, progress) -> dict[str, str]:
@@ -132,15 +133,27 @@ def _check_md5(source, progress) -> dict[str, str]:
 @click.option("--workers", type=click.IntRange(1, 1024), help="Processes that decode; default: one a core.")
 @cache_option
 def verify(shards: str, workers: int | None, cache: Path | None) -> None:
-    """Prove SHARDS whole: hash, count and decode everything again."""
+    """Prove SHARDS whole: hash, count and decode everything again.
+
+    Of shards in an object store, the local copy; of the store itself, that every file has its size.
+    """
     from launch.environment import usable_cores
     from launch.progress import TaskBars, shards_here
+    from pipeline.errors import DataError
     from pipeline.manifest import load_manifest
-    from pipeline.verify import verify
+    from pipeline.storage import LocalStorage, open_storage
+    from pipeline.verify import verify, verify_place
 
-    folder = shards_here(shards, cache)
+    folder, storage = shards_here(shards, cache), open_storage(shards)
     manifest, data = load_manifest(folder)
     with TaskBars() as bars:
-        verify(folder, manifest, workers or usable_cores(), bars)
+        try:
+            verify(folder, manifest, workers or usable_cores(), bars)
+        except DataError as error:
+            if isinstance(storage, LocalStorage):
+                raise
+            raise DataError(f"{error} ({folder} is a copy of {storage.location}; once removed, it is fetched anew)"
+                            ) from None
+    verify_place(storage, manifest)
     counts = ", ".join(f"{split.images} {name}" for name, split in manifest.splits.items())
-    click.echo(f"{shards}: whole: {counts} images of {len(manifest.classes)} classes, manifest {data[:12]}")
+    click.echo(f"{storage.location}: whole: {counts} images of {len(manifest.classes)} classes, manifest {data[:12]}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DataError
+from pipeline.files import scratch_file
 from pipeline.sources import Entry, Source
+from pipeline.sources.archives import shown
 
 # Paths as bytes: they need not be UTF-8.
 SCHEMA = pa.schema([
@@ -31,11 +32,11 @@ class Index:
         Raises DataError as the source does, and where the split has no entry.
         """
         digest = hashlib.sha256()
-        with tempfile.NamedTemporaryFile(prefix="alexnet-index-") as file:
+        with scratch_file() as file:
             with pa.ipc.new_file(file, SCHEMA) as writer:
                 self.entries = 0
                 self.compressed: set[str] = set()  # archives in which nothing can be found by its offset
-                for batch in _batches(source.entries(split)):
+                for batch in _batches(_checked(source, split)):
                     writer.write_batch(batch)
                     for column in batch.columns:
                         _hash(digest, column)
@@ -73,6 +74,14 @@ class Index:
             for archive, member, *rest in zip(*(column.to_pylist() for column in taken.columns)):
                 entries.append(Entry(os.fsdecode(archive), os.fsdecode(member), *rest))
         return entries
+
+
+def _checked(source: Source, split: str) -> Iterator[Entry]:
+    for entry in source.entries(split):
+        if not entry.refused and not 0 <= entry.label < len(source.classes):
+            raise DataError(f"{source.path}: {shown(entry.member)} is of none of the classes that were there before: "
+                            "something has changed there; run again")
+        yield entry
 
 
 def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:

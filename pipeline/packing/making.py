@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import DataError
 from pipeline.packing.chunks import ChunkFitter, Fitted, chunks
 from pipeline.packing.plan import Plan, Shard
-from pipeline.packing.receipts import Receipt, finished
+from pipeline.packing.receipts import Receipt
+from pipeline.packing.rejections import printable, refuse_rejected, rejection
+from pipeline.progress import Progress
 from pipeline.shards import write_shard
 from pipeline.sources import Entry, Source
 from pipeline.statistics import PixelStatistics
@@ -21,26 +22,16 @@ from pipeline.workers import WorkerLost, Workers
 
 CHUNKS_PER_WORKER = 2
 
-Progress = Callable[[int, "int | None", str], object]  # (images done, images expected or None, what is done to them)
-
-
 def make_shards(
-    source: Source, unpacked: Mapping[str, Path], storage: Storage, plan: Plan, shards: Sequence[Shard], workers: int,
-    strict: bool, progress: Progress,
+    source: Source, unpacked: Mapping[str, Path], storage: Storage, plan: Plan, shards: Sequence[Shard],
+    there: Collection[str], workers: int, strict: bool, progress: Progress,
 ) -> None:
-    """Make those of `shards` that are not there yet, each with its receipt; `strict` as in preprocess."""
-    receipts = finished(shards, storage)
+    """Make `shards`, but for those named in `there`, each with its receipt; `strict` as in preprocess."""
     expected, done = Counter(), Counter()
     for shard in shards:
         expected[shard.split] += len(shard.rows)
-    for shard in shards:
-        if shard.name in receipts:
-            done[shard.split] += len(shard.rows)
-            if strict:
-                refuse_rejected(receipts[shard.name].rejected)
-    missing = [shard for shard in shards if shard.name not in receipts]
-    if not missing:
-        return
+        done[shard.split] += len(shard.rows) if shard.name in there else 0
+    missing = [shard for shard in shards if shard.name not in there]
     with Workers(workers, ChunkFitter(source.root, unpacked, plan.packing.store)) as pool:
         rows: list[tuple[Entry, Fitted]] = []
         statistics = PixelStatistics()
@@ -79,35 +70,16 @@ def _finished(
     try:
         return shard, entries, result.result()
     except WorkerLost as error:  # should an image have done that, the user finds it
-        first, last = (_printable(f"{e.archive} {e.member}".strip()) for e in (entries[0], entries[-1]))
+        first, last = (printable(f"{e.archive} {e.member}".strip()) for e in (entries[0], entries[-1]))
         raise WorkerLost(f"{error}, at one of {len(entries)} images from {first} to {last}") from None
 
 
 def _write(
     source: Source, storage: Storage, shard: Shard, rows: list[tuple[Entry, Fitted]], statistics: PixelStatistics
 ) -> None:
-    packed = [(image.stored, entry.label, _printable(entry.member)) for entry, image in rows if not image.reason]
+    packed = [(image.stored, entry.label, printable(entry.member)) for entry, image in rows if not image.reason]
     rejected = [rejection(source, shard.split, entry, image.reason, image.sha256)
                 for entry, image in rows if image.reason]
     file = write_shard(storage, shard.name, *zip(*packed)) if packed else None
     counts = Counter(label for _, label, _ in packed)
     Receipt(file, dict(sorted(counts.items())), rejected, statistics).save(storage, shard)
-
-
-def rejection(source: Source, split: str, entry: Entry, reason: str, sha256: str | None = None) -> dict:
-    """Return a line of rejected.jsonl."""
-    wnid = source.classes[entry.label].wnid if entry.label >= 0 else None
-    return {"split": split, "archive": _printable(entry.archive), "member": _printable(entry.member), "wnid": wnid,
-            "reason": reason, "sha256": sha256}
-
-
-def refuse_rejected(rejections: Iterable[dict]) -> None:
-    """Raise DataError for the first."""
-    for found in rejections:
-        where = f"{found['archive']}: {found['member']}" if found["archive"] else found["member"]
-        raise DataError(f"{where}: {found['reason']}; mend it, or run without --strict to leave it out")
-
-
-def _printable(name: str) -> str:
-    """Archives may hold names that are not UTF-8; Arrow's strings may not."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -11,24 +11,27 @@ import re
 import numpy as np
 
 from pipeline.errors import DataError, PreprocessError
-from pipeline.images import ENCODING
-from pipeline.manifest import FILE_NAME, SPLITS, Manifest, ShardFile, Split
+from pipeline.images import encoding_of
+from pipeline.manifest import FILE_NAME, REJECTED_NAME, SPLITS, Manifest, ShardFile, Split
 from pipeline.packing.plan import Plan
 from pipeline.packing.receipts import FOLDER, load_receipt
+from pipeline.packing.rejections import refuse_rejected
 from pipeline.sources import Source
 from pipeline.statistics import PixelStatistics
 from pipeline.storage import Storage
 
 MEAN_NAME = "mean.npy"
-REJECTED_NAME = "rejected.jsonl"  # a line: {"split", "archive", "member", "wnid", "reason", "sha256"}
 _NAMES = "|".join(map(re.escape, (MEAN_NAME, REJECTED_NAME, FILE_NAME)))
 OWN_FILES = re.compile(rf"(({'|'.join(SPLITS)})-\d{{5,}}\.arrow|{_NAMES})(\.[0-9a-f]{{8}}\.tmp)?|{FOLDER}/")
 
 log = logging.getLogger(__name__)
 
 
-def finish(source: Source, storage: Storage, plan: Plan) -> Manifest:
-    """Sum up the receipts of all shards; write rejected.jsonl, the mean image and, last, the manifest."""
+def finish(source: Source, storage: Storage, plan: Plan, strict: bool) -> Manifest:
+    """Sum up the receipts of all shards; write rejected.jsonl, the mean image and, last, the manifest.
+
+    With `strict`, raise DataError for a rejected image, before anything is written.
+    """
     statistics = PixelStatistics()
     counts = {split: np.zeros(len(source.classes), np.int64) for split in plan.splits}
     files: dict[str, list[ShardFile]] = {split: [] for split in plan.splits}
@@ -39,6 +42,8 @@ def finish(source: Source, storage: Storage, plan: Plan) -> Manifest:
         except ValueError as error:
             raise PreprocessError(f"{storage.location}: the receipt of {shard.name} is damaged ({error}); run again, "
                                   "it goes on where it was") from None
+        if strict:
+            refuse_rejected(receipt.rejected)
         for label, count in receipt.class_counts.items():
             counts[shard.split][label] += count
         files[shard.split] += [receipt.file] if receipt.file else []
@@ -66,7 +71,7 @@ def finish(source: Source, storage: Storage, plan: Plan) -> Manifest:
     manifest = Manifest(
         layout=source.layout,
         store=plan.packing.store,
-        encoding=ENCODING if plan.packing.store == "jpeg" else "raw RGB",
+        encoding=encoding_of(plan.packing.store),
         seed=plan.packing.seed,
         held_out=plan.held_out,
         plan=plan.sha256,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.images import ENCODING
+from pipeline.images import encoding_of
 from pipeline.manifest import FORMAT, SPLITS
 from pipeline.packing.index import Index
 from pipeline.shards import ROWS_PER_SHARD
@@ -68,7 +68,7 @@ class Plan:
             rows |= {"train": np.flatnonzero(~chosen), "val": np.flatnonzero(chosen)}
         self._order = {split: self._shuffled(split, rows[split]) for split in SPLITS if split in rows}
         self.facts: dict[str, object] = {  # two runs that agree on them make the same shards
-            "format": FORMAT, "layout": source.layout, "encoding": ENCODING,
+            "format": FORMAT, "layout": source.layout, "encoding": encoding_of(packing.store),
             **asdict(packing), "hold_out": self.held_out,
             "rows_per_shard": self._rows_per_shard,
             "classes": _hash([asdict(c) for c in source.classes]),

@@ -8,34 +8,25 @@ byte for byte.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DataError, PreprocessError
-from pipeline.manifest import FILE_NAME, Manifest, parse_manifest
+from pipeline.manifest import FILE_NAME, REJECTED_NAME, Manifest
+from pipeline.packing.agreement import Share, agree_on_plan, await_all, manifest_of, only_one
 from pipeline.packing.index import Index
-from pipeline.packing.making import Progress, make_shards, refuse_rejected, rejection
-from pipeline.packing.outcome import OWN_FILES, REJECTED_NAME, finish
+from pipeline.packing.making import make_shards
+from pipeline.packing.mending import check_mended, damaged_shards
+from pipeline.packing.outcome import OWN_FILES, finish
 from pipeline.packing.plan import Packing, Plan
-from pipeline.packing.receipts import FOLDER, PLAN, RECEIPT, receipt_name
+from pipeline.packing.receipts import FOLDER, finished
+from pipeline.packing.rejections import refuse_rejected, rejection
+from pipeline.progress import Progress
 from pipeline.sources import Source
 from pipeline.sources.reading import unpack
 from pipeline.storage import LocalStorage, Storage
 from pipeline.workers import WorkerLost
-
-POLL_S = 0.5
-PATIENCE_S = 3600.0  # without news of the other processes
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process's part of the work: every `size`-th shard, from number `rank` on."""
-
-    rank: int = 0
-    size: int = 1
 
 
 def preprocess(
@@ -54,8 +45,10 @@ def preprocess(
     DataError. `workers` is the number of processes that read, fit and encode. The statistics are those of the fitted
     training images before they are encoded.
 
-    Raises DataError where the source or `storage` is unfit, PreprocessError where `storage` cannot be written or a
-    worker is killed. After any failure there is no manifest, and the same call goes on where this one ended.
+    Of a data set that is finished, those shards are made again that are damaged.
+
+    Raises DataError where the source or `storage` is unfit or another run is at work there, PreprocessError where
+    `storage` cannot be written or a worker is killed. After any failure the same call goes on where this one ended.
     """
     progress = progress or (lambda done, expected, what: None)
     with _one_line_errors(storage):
@@ -66,22 +59,57 @@ def preprocess(
         if strict:
             for split, index in indices.items():
                 refuse_rejected(rejection(source, split, entry, entry.refused) for entry in index.refused())
-        manifest = _agree_on_plan(storage, plan, share)
-        if manifest is not None and strict:
-            refuse_rejected(json.loads(line) for line in storage.read(REJECTED_NAME).splitlines())
-        if manifest is None:
-            if share.size == 1:
-                for folder in ("", FOLDER):
-                    storage.remove_temporary(folder)
-            unpacked = _unpack(source, storage, indices, share)
-            mine = [shard for number, shard in enumerate(plan.shards()) if number % share.size == share.rank]
-            make_shards(source, unpacked, storage, plan, mine, workers, strict, progress)
-            if share.rank == 0:
-                _await_others(storage, plan)
-                manifest = finish(source, storage, plan)
-        if share.rank == 0:
-            storage.remove_folder(FOLDER)
-        return manifest if share.rank == 0 else None
+        manifest = agree_on_plan(storage, plan, share)
+        if manifest is not None and share.rank > 0:
+            return None
+        with only_one(storage, share):
+            if manifest is None:
+                manifest = _pack(source, storage, indices, plan, workers, strict, share, progress)
+            else:
+                _mend(source, storage, indices, plan, manifest, workers, strict, progress)
+        if share.rank > 0:
+            return None
+        storage.remove_folder(FOLDER)
+        return manifest
+
+
+def _pack(
+    source: Source, storage: Storage, indices: dict[str, Index], plan: Plan, workers: int, strict: bool, share: Share,
+    progress: Progress,
+) -> Manifest | None:
+    """Make this process's shards; where it is the first one, wait for the others and write the manifest."""
+    if share.size == 1:
+        for folder in ("", FOLDER):
+            storage.remove_temporary(folder)
+    mine = [shard for number, shard in enumerate(plan.shards()) if number % share.size == share.rank]
+    there = set()
+    for shard, receipt in finished(mine, storage):
+        if strict:
+            refuse_rejected(receipt.rejected)
+        there.add(shard.name)
+    if len(there) < len(mine):
+        # A process that comes late may find nothing because another one has just finished.
+        if (manifest := manifest_of(storage, plan)) is not None:
+            return manifest
+        unpacked = _unpack(source, storage, indices, share)
+        make_shards(source, unpacked, storage, plan, mine, there, workers, strict, progress)
+    if share.rank > 0:
+        return None
+    await_all(storage, plan)
+    return finish(source, storage, plan, strict)
+
+
+def _mend(
+    source: Source, storage: Storage, indices: dict[str, Index], plan: Plan, manifest: Manifest, workers: int,
+    strict: bool, progress: Progress,
+) -> None:
+    if strict:
+        refuse_rejected(json.loads(line) for line in storage.read(REJECTED_NAME).splitlines())
+    damaged = damaged_shards(storage, plan, manifest, progress)
+    if damaged:
+        unpacked = _unpack(source, storage, indices, Share())
+        make_shards(source, unpacked, storage, plan, damaged, set(), workers, strict, progress)
+        check_mended(storage, manifest, damaged)
 
 
 @contextmanager
@@ -93,8 +121,9 @@ def _one_line_errors(storage: Storage) -> Iterator[None]:
                               ) from None
     except OSError as error:  # the source's own are DataErrors
         reason = error.strerror or " ".join(str(error).split())
-        raise PreprocessError(f"{storage.location}: cannot be read or written ({reason}): mend that and run again; it "
-                              "goes on where it was") from None
+        where = error.filename or storage.location
+        raise PreprocessError(f"{where}: cannot be read or written ({reason}): mend that and run again; it goes on "
+                              "where it was") from None
 
 
 def _check_location(source: Source, storage: Storage) -> None:
@@ -115,46 +144,6 @@ def _check_location(source: Source, storage: Storage) -> None:
                         "choose a new or empty folder")
 
 
-def _agree_on_plan(storage: Storage, plan: Plan, share: Share) -> Manifest | None:
-    """Return the manifest if all is done already; else see to it that every process, and every run that went before,
-    has the same plan. DataError where `storage` holds another one."""
-    waited_since = time.monotonic()
-    while True:
-        found = storage.sizes()
-        if FILE_NAME in found:
-            manifest = parse_manifest(storage.read(FILE_NAME), f"{storage.location}: {FILE_NAME}")
-            if manifest.plan != plan.sha256:
-                raise DataError(f"{storage.location}: already holds shards, of another source or with other options; "
-                                "choose another folder")
-            return manifest
-        receipts = storage.sizes(FOLDER)
-        if PLAN in receipts:
-            _compare_plans(storage, plan)
-            return None
-        if share.rank == 0:
-            if any(name.endswith(RECEIPT) for name in receipts):
-                raise DataError(f"{storage.location}: holds {FOLDER}/ without {PLAN}, so nothing says of what; choose "
-                                "another folder, or remove this one to start anew")
-            with storage.create(PLAN) as file:
-                file.write((json.dumps(plan.facts, indent=1) + "\n").encode())
-            return None
-        if time.monotonic() - waited_since > PATIENCE_S:
-            raise PreprocessError(f"{storage.location}: rank 0 has not begun; do all hosts see this place?")
-        time.sleep(POLL_S)
-
-
-def _compare_plans(storage: Storage, plan: Plan) -> None:
-    try:
-        theirs = json.loads(storage.read(PLAN))
-        names = sorted(plan.facts.keys() | theirs.keys())
-        differing = [name for name in names if theirs.get(name) != plan.facts.get(name)]
-    except (ValueError, AttributeError):
-        differing = ["a damaged plan.json"]
-    if differing:
-        raise DataError(f"{storage.location}: begun with other {', '.join(differing)}; choose another folder, or "
-                        "remove this one to start anew")
-
-
 def _unpack(source: Source, storage: Storage, indices: dict[str, Index], share: Share) -> dict[str, Path]:
     """Unpack compressed archives, in which nothing can be found without reading all that goes before."""
     compressed = sorted(set().union(*(index.compressed for index in indices.values())))
@@ -167,19 +156,3 @@ def _unpack(source: Source, storage: Storage, indices: dict[str, Index], share: 
         if not copies[archive].exists():
             unpack(source.root / archive, copies[archive])
     return copies
-
-
-def _await_others(storage: Storage, plan: Plan) -> None:
-    """Wait until every shard of every process has its receipt."""
-    wanted = {receipt_name(shard) for shard in plan.shards()}
-    missing, news_at = len(wanted), time.monotonic()
-    while True:
-        now_missing = len(wanted - storage.sizes(FOLDER).keys())
-        if not now_missing:
-            return
-        if now_missing < missing:
-            missing, news_at = now_missing, time.monotonic()
-        if time.monotonic() - news_at > PATIENCE_S:
-            raise PreprocessError(f"{storage.location}: {missing} shards of the other processes do not arrive; run "
-                                  "again, it goes on where it was")
-        time.sleep(POLL_S)

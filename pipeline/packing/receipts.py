@@ -4,7 +4,7 @@ the last of them. They lie in a folder of their own beside the shards until the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.manifest import ShardFile
@@ -51,16 +51,14 @@ def load_receipt(storage: Storage, shard: Shard) -> Receipt:
     return receipt
 
 
-def finished(shards: Iterable[Shard], storage: Storage) -> dict[str, Receipt]:
-    """Return by name the receipts of the shards that need not be made again: the file is there too, and whole."""
+def finished(shards: Iterable[Shard], storage: Storage) -> Iterator[tuple[Shard, Receipt]]:
+    """Yield those shards that need not be made again: the receipt is there, and the file too, whole."""
     sizes = storage.sizes() | storage.sizes(FOLDER)
-    receipts = {}
     for shard in shards:
         if receipt_name(shard) in sizes:
             try:
                 receipt = load_receipt(storage, shard)
-            except ValueError:  # damaged: the shard is made anew
+            except (ValueError, FileNotFoundError):  # damaged, so that the shard is made anew; gone, as all is done
                 continue
             if receipt.file is None or sizes.get(receipt.file.name) == receipt.file.bytes:
-                receipts[shard.name] = receipt
-    return receipts
+                yield shard, receipt

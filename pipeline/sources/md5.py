@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
 
 from pipeline.errors import DataError
+from pipeline.progress import Progress
 from pipeline.sources.source import Source
 
 # From the download pages of image-net.org, as torchvision (the first three) and datadings (the last) quote them.
@@ -17,13 +18,13 @@ KNOWN_MD5 = {
 }
 
 
-def check_md5(source: Source, progress: Callable[[int, int | None, str], object] | None = None) -> dict[str, str]:
-    """Return for each archive of `source`, by file name: "as published", or "not known", and it is not read.
+def check_md5(source: Source, progress: Progress | None = None) -> dict[str, str]:
+    """Return for each archive of `source`, by its path there: "as published", or "not known", and it is not read.
 
     `progress` is told (bytes read, bytes to be read, what is done). Raises DataError naming the first archive that
     cannot be read or has another sum.
     """
-    verdicts = {path.name: "not known" for path in source.archives}
+    verdicts = {os.path.relpath(path, source.root): "not known" for path in source.archives}
     known = [path for path in source.archives if path.name in KNOWN_MD5]
     done, path = 0, source.path
     try:
@@ -39,7 +40,7 @@ def check_md5(source: Source, progress: Callable[[int, int | None, str], object]
             if digest.hexdigest() != KNOWN_MD5[path.name]:
                 raise DataError(f"{path}: its MD5 is {digest.hexdigest()}, published is {KNOWN_MD5[path.name]}: "
                                 "download or copy it again")
-            verdicts[path.name] = "as published"
+            verdicts[os.path.relpath(path, source.root)] = "as published"
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     return verdicts
