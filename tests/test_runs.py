@@ -115,7 +115,9 @@ def test_a_run_on_raw_pixels_is_a_run_on_jpegs_up_to_their_loss(shards, finished
     losses = [[record["loss"] for record in read_log(run / "log.jsonl") if record["event"] == "steps"]
               for run in (finished, tmp_path / "raw")]
     assert len(losses[0]) == len(losses[1]) >= 3
-    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[0] != losses[1]
+    # Small differences grow from step to step: the first steps agree closely, the last ones in their course.
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.005) and losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
     errors = [read_log(run / "log.jsonl")[-1]["val"] for run in (finished, tmp_path / "raw")]
     assert errors[0]["images"] == errors[1]["images"] == 50
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pipeline.images import BrokenImage, encode, fit
 from pipeline.sources import Entry
+from pipeline.sources.archives import LARGEST_BYTES, TOO_LARGE
 from pipeline.sources.reading import Reader
 from pipeline.statistics import PixelStatistics
 
@@ -43,6 +44,9 @@ class ChunkFitter:
                 fitted.append(Fitted(b"", entry.refused))
                 continue
             data = next(data_of)
+            if len(data) > LARGEST_BYTES:  # in Parquet nobody knew before
+                fitted.append(Fitted(b"", TOO_LARGE))
+                continue
             try:
                 pixels = fit(data)
             except BrokenImage as error:
@@ -54,10 +58,12 @@ class ChunkFitter:
 
 
 def chunks(entries: Sequence[Entry]) -> Iterator[slice]:
-    """Cut entries into chunks of bounded number and size."""
+    """Cut entries into chunks of bounded number and size; a block, which is read as a whole, into as few as may be."""
     first, size = 0, 0
     for i, entry in enumerate(entries):
-        if i > first and (i - first == CHUNK_IMAGES or size + entry.size > CHUNK_BYTES):
+        in_block = i > 0 and entry.block >= 0 and entry.block == entries[i - 1].block
+        most = 2 * CHUNK_IMAGES if in_block else CHUNK_IMAGES
+        if i > first and (i - first >= most or size + entry.size > CHUNK_BYTES):
             yield slice(first, i)
             first, size = i, 0
         size += entry.size

@@ -6,7 +6,7 @@ import gzip
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ PARQUET_SUFFIX = ".parquet"
 PARQUET_COLUMN = "image.bytes"
 _PARQUET_BATCH_ROWS = 32
 _PARQUET_BUFFER_BYTES = 1 << 20
+_MOST_KEPT_BYTES = 128 << 20  # of a row group; those of Hugging Face have some 10 to 100 MB
 _REMEDY = "restore it and run again"
 
 
@@ -35,6 +36,8 @@ class Reader:
         """`root` is the source's; `unpacked` names a copy made by `unpack` of each compressed archive."""
         self._root, self._unpacked = root, unpacked or {}
         self._descriptors: dict[str, int] = {}  # by path, the one used last at the end
+        self._kept: tuple[Path, int] | None = None  # the Parquet row group that was read last
+        self._kept_parts: list[pa.Array] = []
 
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
         """Return the bytes of each entry, in the order given; none of them may be refused.
@@ -51,10 +54,52 @@ class Reader:
             else:
                 images[i] = self._read_file(entry)
         for archive, positions in of_parquet.items():
-            rows = [entries[i].offset for i in positions]
-            for i, image in zip(positions, _read_parquet(self._root / archive, rows)):
+            rows = np.array([entries[i].offset for i in positions])
+            for i, image in zip(positions, self._read_parquet(self._root / archive, rows)):
                 images[i] = image
         return images
+
+    def _read_parquet(self, path: Path, rows: np.ndarray) -> list[bytes]:
+        """Return PARQUET_COLUMN of each row, b"" where it is null."""
+        images: list[bytes] = [b""] * len(rows)
+        try:
+            with _naming(path):
+                if not path.is_file():  # a pipe would block
+                    raise DataError(f"{shown(str(path))}: no plain file any more: {_REMEDY}")
+                with pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
+                    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                    firsts = np.cumsum([0, *sizes])
+                    if rows.min() < 0 or rows.max() >= firsts[-1]:
+                        raise DataError(f"{shown(str(path))}: has fewer rows than when it was listed: {_REMEDY}")
+                    group_of_row = np.searchsorted(firsts, rows, "right") - 1
+                    for group in np.unique(group_of_row):
+                        positions = np.flatnonzero(group_of_row == group)
+                        first = firsts[group]
+                        for column in self._row_group(file, path, int(group)):
+                            for i in positions[(rows[positions] >= first) & (rows[positions] < first + len(column))]:
+                                images[i] = column[int(rows[i] - first)].as_py() or b""
+                            first += len(column)
+                            if first > rows[positions].max():
+                                break
+        except (pa.ArrowException, LookupError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{shown(str(path))}: damaged ({reason}): {_REMEDY}") from None
+        return images
+
+    def _row_group(self, file: pyarrow.parquet.ParquetFile, path: Path, group: int) -> Iterable[pa.Array]:
+        """Return the images of a row group, part by part. One that is not too large is kept for the next call: chunk
+        after chunk of images comes from the same group, and it can only be read from its beginning."""
+        if self._kept != (path, group):
+            parts = (pyarrow.compute.struct_field(batch.column(0), [0]) for batch in file.iter_batches(
+                _PARQUET_BATCH_ROWS, [group], [PARQUET_COLUMN], use_threads=False
+            ))
+            metadata = file.metadata.row_group(group)
+            columns = [metadata.column(i) for i in range(metadata.num_columns)]
+            if sum(c.total_uncompressed_size for c in columns if c.path_in_schema == PARQUET_COLUMN) > _MOST_KEPT_BYTES:
+                return parts
+            self._kept, self._kept_parts = None, []  # first let go of the last one
+            self._kept, self._kept_parts = (path, group), list(parts)
+        return self._kept_parts
 
     def _read_member(self, entry: Entry) -> bytes:
         # A compressed archive without its copy is the caller's mistake, never to be read at an unpacked offset.
@@ -135,31 +180,3 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
             break
         data += more
     return data
-
-
-def _read_parquet(path: Path, rows: Sequence[int]) -> list[bytes]:
-    """Return PARQUET_COLUMN of each row, b"" where it is null; besides them, it holds one batch of rows in memory."""
-    wanted = np.array(rows)
-    images: list[bytes] = [b""] * len(rows)
-    try:
-        with _naming(path):
-            if not path.is_file():  # a pipe would block
-                raise DataError(f"{shown(str(path))}: no plain file any more: {_REMEDY}")
-            with pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
-                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-                firsts = np.cumsum([0, *sizes])
-                if wanted.min() < 0 or wanted.max() >= firsts[-1]:
-                    raise DataError(f"{shown(str(path))}: has fewer rows than when it was listed: {_REMEDY}")
-                for group in np.unique(np.searchsorted(firsts, wanted, "right") - 1):
-                    first = firsts[group]
-                    for batch in file.iter_batches(_PARQUET_BATCH_ROWS, [int(group)], [PARQUET_COLUMN],
-                                                   use_threads=False):
-                        here = np.flatnonzero((wanted >= first) & (wanted < first + batch.num_rows))
-                        column = pyarrow.compute.struct_field(batch.column(0), [0])
-                        for i in here:
-                            images[i] = column[int(wanted[i] - first)].as_py() or b""
-                        first += batch.num_rows
-    except (pa.ArrowException, LookupError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{shown(str(path))}: damaged ({reason}): {_REMEDY}") from None
-    return images

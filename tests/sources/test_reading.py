@@ -16,6 +16,7 @@ from conftest import ROOT
 from tars_on_the_spot import open_descriptors, peak_bytes, tar_of
 
 from pipeline.errors import DataError
+from pipeline.sources import reading
 from pipeline.sources.archives import open_tar
 from pipeline.sources.reading import OPEN_FILES, Reader, unpack
 from pipeline.sources.source import Entry
@@ -91,6 +92,19 @@ def test_parquet_rows_without_an_image_are_empty(tmp_path):
     pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
     entries = [Entry("a.parquet", str(row), 0, row) for row in range(4)]
     assert Reader(tmp_path).read(entries) == [b"1", b"", b"", b"4"]
+
+
+@pytest.mark.parametrize("most_kept, reads", [(reading._MOST_KEPT_BYTES, [0, 1, 2, 0]), (0, [0, 0, 1, 1, 2, 0])])
+def test_a_row_group_is_kept_for_the_chunks_that_follow(tmp_path, monkeypatch, most_kept, reads):
+    entries, images = zip(*write_parquet(tmp_path, "a.parquet", range(30), row_group_size=10))
+    groups, iter_batches = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, rows, group, *rest, **settings: (
+        groups.extend(group), iter_batches(self, rows, group, *rest, **settings))[1])
+    monkeypatch.setattr(reading, "_MOST_KEPT_BYTES", most_kept)
+    reader = Reader(tmp_path)
+    for chunk in (slice(0, 5), slice(5, 15), slice(15, 30), slice(3, 4)):
+        assert reader.read(entries[chunk]) == list(images[chunk])
+    assert groups == reads
 
 
 LARGE_GROUP = """
