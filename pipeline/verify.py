@@ -29,8 +29,9 @@ def verify(folder: Path, manifest: Manifest, workers: int, progress: Progress | 
     check_mean(folder / mean.name)
     total = sum(split.images for split in manifest.splits.values())
     done = 0
+    files = sum(len(split.files) for split in manifest.splits.values())
     try:
-        with Workers(workers, ShardChecker(folder, manifest.store)) as pool:
+        with Workers(max(1, min(workers, files)), ShardChecker(folder, manifest.store)) as pool:
             for split_name, split in manifest.splits.items():
                 counts = np.zeros(len(manifest.classes), np.int64)
                 for result in as_completed([pool.submit((file, len(manifest.classes))) for file in split.files]):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.packing.chunks import ChunkFitter, Fitted, chunks
+from pipeline.packing import chunks
+from pipeline.packing.chunks import ChunkFitter, Fitted
 from pipeline.packing.plan import Plan, Shard
 from pipeline.packing.receipts import Receipt
 from pipeline.packing.rejections import printable, refuse_rejected, rejection
@@ -22,6 +23,7 @@ from pipeline.workers import WorkerLost, Workers
 
 CHUNKS_PER_WORKER = 2
 
+
 def make_shards(
     source: Source, unpacked: Mapping[str, Path], storage: Storage, plan: Plan, shards: Sequence[Shard],
     there: Collection[str], workers: int, strict: bool, progress: Progress,
@@ -32,6 +34,7 @@ def make_shards(
         expected[shard.split] += len(shard.rows)
         done[shard.split] += len(shard.rows) if shard.name in there else 0
     missing = [shard for shard in shards if shard.name not in there]
+    workers = min(workers, sum(-(-len(shard.rows) // chunks.CHUNK_IMAGES) for shard in missing))  # more have no work
     with Workers(workers, ChunkFitter(source.root, unpacked, plan.packing.store)) as pool:
         rows: list[tuple[Entry, Fitted]] = []
         statistics = PixelStatistics()
@@ -56,7 +59,7 @@ def _in_order(
     under_way: deque[tuple[Shard, list[Entry], Future]] = deque()
     for shard in shards:
         entries = plan.entries(shard)
-        for part in chunks(entries):
+        for part in chunks.chunks(entries):
             if len(under_way) == limit:
                 yield _finished(*under_way.popleft())
             under_way.append((shard, entries[part], pool.submit(entries[part])))
