@@ -14,7 +14,7 @@ import traceback
 import click
 
 from launch import __version__
-from launch.commands import benchmarks, data, training
+from launch.commands import benchmarks, data, recipes, training
 
 # Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -42,6 +42,9 @@ class _Commands(click.Group):
             raise _Failure(str(error), 2) from None
         except (PeerError, PreprocessError, RunFailed) as error:
             raise _Failure(str(error), 1) from None
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
+            context.exit(1)
         except OSError as error:
             if error.filename is None:
                 raise _Failure(f"cannot read or write: {error.strerror or error}", 1) from None
@@ -54,8 +57,8 @@ def cli() -> None:
     """AlexNet (Krizhevsky, Sutskever and Hinton 2012) on two towers: from ImageNet's archives to its error."""
 
 
-for command in (data.sample, data.inspect, data.preprocess, data.verify, training.train, training.evaluate,
-                benchmarks.bench):
+for command in (data.sample, data.inspect, data.preprocess, data.verify, recipes.recipes, training.train,
+                training.evaluate, benchmarks.bench):
     cli.add_command(command)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from model.errors import RecipeError
 from model.schedule import OneCycle, Plateau
@@ -10,33 +10,35 @@ from model.schedule import OneCycle, Plateau
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
+def _of(default, meaning: str):
+    return field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One way to train AlexNet. Checked on construction; RecipeError says what does not fit.
 
-    Defaults are those of `notes`, a set of notes on Krizhevsky, Sutskever and Hinton (2012). They follow the paper but
-    for the biases: conv3's are 1 and conv4's 0, where the paper has it the other way round, and fc8's are 1 too,
-    which changes nothing.
+    Sections are of Krizhevsky, Sutskever and Hinton (2012). Defaults are those of `notes`, a set of notes on the paper.
     """
 
     name: str = "notes"
-    kernels: tuple[int, ...] = (96, 256, 384, 384, 256)  # conv1 .. conv5, both towers together
-    neurons: tuple[int, ...] = (4096, 4096)  # fc6, fc7, both towers together
-    weight_std: float | None = 0.01  # zero-mean Gaussian; None: sqrt(2 / fan-in), He et al. 2015, equation 10
-    ones: tuple[str, ...] = ("conv2", "conv3", "conv5", "fc6", "fc7", "fc8")  # layers whose biases start at 1
-    lrn_k: float = 2.0  # section 3.3: a / (k + alpha * sum over n maps of a^2)^beta
-    lrn_n: int = 5
-    lrn_alpha: float = 1e-4
-    lrn_beta: float = 0.75
-    dropout: float = 0.5  # chance to drop an output of fc6, fc7; at test outputs are times 1 - dropout
-    pixel_scale: float = 1.0  # the network sees (pixel 0-255 - mean + colour shift) * pixel_scale
-    colour_std: float = 0.1  # of alpha in section 4.1's p_i alpha_i lambda_i, lambda of pixels in 0-1
-    batch: int = 128  # images a step
-    epochs: int = 90  # at most
-    learning_rate: float = 0.01  # the first (Plateau) or the highest (OneCycle)
-    momentum: float = 0.9
-    weight_decay: float = 0.0005
-    schedule: Plateau | OneCycle = Plateau()
+    kernels: tuple[int, ...] = _of((96, 256, 384, 384, 256), "of conv1 to conv5, both towers together")
+    neurons: tuple[int, ...] = _of((4096, 4096), "of fc6 and fc7, both towers together")
+    weight_std: float | None = _of(0.01, "of Gaussian weights around 0; none: sqrt(2 / fan-in), He et al. 2015, eq. 10")
+    ones: tuple[str, ...] = _of(("conv2", "conv3", "conv5", "fc6", "fc7", "fc8"), "where biases start at 1, not 0")
+    lrn_k: float = _of(2.0, "section 3.3: a / (k + alpha * sum over n maps of a^2)^beta")
+    lrn_n: int = _of(5, "maps, the own one in the middle")
+    lrn_alpha: float = _of(1e-4, "not divided by n")
+    lrn_beta: float = _of(0.75, "the exponent")
+    dropout: float = _of(0.5, "chance to drop an output of fc6, fc7; at test outputs are times 1 - dropout")
+    pixel_scale: float = _of(1.0, "the network sees (pixel 0-255 - mean + colour shift) * pixel_scale")
+    colour_std: float = _of(0.1, "of alpha in section 4.1's p_i alpha_i lambda_i, lambda of pixels in 0-1")
+    batch: int = _of(128, "images a step")
+    epochs: int = _of(90, "at most")
+    learning_rate: float = _of(0.01, "the first (Plateau) or the highest (OneCycle)")
+    momentum: float = _of(0.9, "share of the velocity kept each step (section 5)")
+    weight_decay: float = _of(0.0005, "of every parameter, times the rate (section 5)")
+    schedule: Plateau | OneCycle = _of(Plateau(), "of the learning rate")
 
     def __post_init__(self):
         widths = self.kernels + self.neurons
@@ -57,22 +59,26 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Return the recipe as JSON values; `from_dict` takes it back."""
-        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {**fields, "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)}}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {**values, "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)}}
 
     @staticmethod
-    def from_dict(fields: dict) -> Recipe:
+    def from_dict(values: dict) -> Recipe:
         """Raises RecipeError where fields are missing, unknown or out of range."""
         try:
-            schedule = dict(fields["schedule"])
+            schedule = dict(values["schedule"])
             kind = {"Plateau": Plateau, "OneCycle": OneCycle}[schedule.pop("kind")]
-            tuples = {key: tuple(fields[key]) for key in ("kernels", "neurons", "ones")}
-            return Recipe(**{**fields, **tuples, "schedule": kind(**schedule)})
+            tuples = {key: tuple(values[key]) for key in ("kernels", "neurons", "ones")}
+            return Recipe(**{**values, **tuples, "schedule": kind(**schedule)})
         except (KeyError, TypeError) as error:
             raise RecipeError(f"not a recipe of this version ({type(error).__name__}: {error})") from None
 
 
 NOTES = Recipe()
+
+# Section 5. The notes have conv3's biases at 1 in place of conv4's, and fc8's too, which changes nothing: the softmax
+# does not see what is added to every logit.
+PAPER = replace(NOTES, name="paper", ones=("conv2", "conv4", "conv5", "fc6", "fc7"))
 
 # The same topology at a quarter of the width, for two CPU cores and small data sets. Ours, not the
 # paper's: He initialisation, inputs of about unit variance and a one-cycle rate learn in a dozen
@@ -91,7 +97,7 @@ TINY = replace(
     schedule=OneCycle(),
 )
 
-RECIPES = {recipe.name: recipe for recipe in (NOTES, TINY)}
+RECIPES = {recipe.name: recipe for recipe in (NOTES, PAPER, TINY)}
 
 
 def recipe_named(name: str) -> Recipe:
@@ -99,3 +105,8 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise RecipeError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def meanings() -> dict[str, str]:
+    """Say of each field what it is, with its unit or source."""
+    return {field.name: field.metadata["meaning"] for field in fields(Recipe) if field.metadata}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import ROOT
 from PIL import Image
 
 from launch.cli import cli
+from model.recipe import RECIPES
 
 
 def alexnet(*arguments):
@@ -94,12 +99,12 @@ def test_an_image_of_zero_bytes_is_listed_and_left_out(tmp_path):
 
 
 def test_unknown_recipe(tmp_path):
-    fails("no recipe named 'big'; there are notes, tiny", "train", tmp_path, tmp_path / "run", "--recipe", "big")
+    fails("no recipe named 'big'; there are notes, paper, tiny", "train", tmp_path, tmp_path / "run", "--recipe", "big")
 
 
 def test_help_names_every_command():
     shown = alexnet("--help").stdout
-    for command in ("sample", "inspect", "preprocess", "verify", "train", "evaluate", "bench"):
+    for command in ("sample", "inspect", "preprocess", "verify", "recipes", "train", "evaluate", "bench"):
         assert command in shown
 
 
@@ -173,6 +178,25 @@ def test_archives_that_are_not_the_published_ones(source, tmp_path):
     for command in (["inspect", source], ["preprocess", source, tmp_path / "out"]):
         fails("published is ", *command, "--check-md5")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_has_seen_enough():
+    with subprocess.Popen([sys.executable, "-m", "launch.cli", "recipes"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=ROOT) as done:
+        done.stdout.close()
+        assert done.stderr.read() == b"" and done.wait(60) == 1
+
+
+def test_recipes_side_by_side():
+    lines = alexnet("recipes").stdout.splitlines()
+    assert lines[0].split() == ["notes", "paper", "tiny"]
+    rows = {line.split()[0]: line for line in lines[1:] if line}
+    assert re.split("  +", next(line for line in lines if line.startswith("ones "))) == [
+        "ones", "conv2 conv3 conv5 fc6 fc7 fc8", "* conv2 conv4 conv5 fc6 fc7", "* none"
+    ]
+    assert re.split("  +", next(line for line in lines if line.startswith("batch "))) == ["batch", "128", "128", "* 32"]
+    assert rows["batch"].endswith("images a step")
+    assert json.loads(alexnet("recipes", "--json").stdout) == {name: r.to_dict() for name, r in RECIPES.items()}
 
 
 def test_an_unknown_layout_names_those_that_are_known(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from model.errors import RecipeError
 from model.optimizer import MomentumSGD
-from model.recipe import NOTES, RECIPES, TINY, Recipe, recipe_named
+from model.recipe import NOTES, PAPER, RECIPES, TINY, Recipe, meanings, recipe_named
 from model.schedule import OneCycle, Plateau, Progress
 
 
@@ -87,6 +87,15 @@ def test_notes_recipe_is_the_notes():
     assert NOTES.schedule.factor == 10 and NOTES.schedule.drops == 3
 
 
+def test_the_paper_differs_from_the_notes_in_biases_only():
+    assert PAPER.ones == ("conv2", "conv4", "conv5", "fc6", "fc7")
+    assert replace(PAPER, name="notes", ones=NOTES.ones) == NOTES
+
+
+def test_every_field_is_explained():
+    assert {"name", *meanings()} == set(NOTES.to_dict()) and all(meanings().values())
+
+
 def test_tiny_is_a_quarter_as_wide():
     assert TINY.kernels == tuple(n // 4 for n in NOTES.kernels)
     assert TINY.neurons == tuple(n // 4 for n in NOTES.neurons)
@@ -109,7 +118,7 @@ def test_recipes_are_checked(wrong):
 
 
 def test_unknown_recipes_and_fields_are_told():
-    with pytest.raises(RecipeError, match="no recipe named 'big'; there are notes, tiny"):
+    with pytest.raises(RecipeError, match="no recipe named 'big'; there are notes, paper, tiny"):
         recipe_named("big")
     with pytest.raises(RecipeError, match="not a recipe of this version"):
         Recipe.from_dict({**NOTES.to_dict(), "colour": 3})

@@ -13,7 +13,7 @@ from launch.commands.options import FOLDER, Number, cache_option, process_option
 @click.command()
 @click.argument("shards")
 @click.argument("run", type=FOLDER)
-@click.option("--recipe", help="notes (default) or tiny.")
+@click.option("--recipe", help="One of `alexnet recipes`; default notes.")
 @click.option("--seed", type=click.IntRange(0), help="Of weights, batches and dropout; default 0.")
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--steps", type=click.IntRange(1), help="Stop after so many steps in all, with a checkpoint.")
