@@ -58,7 +58,7 @@ def cli() -> None:
 
 
 for command in (data.sample, data.inspect, data.preprocess, data.verify, recipes.recipes, training.train,
-                training.evaluate, benchmarks.bench):
+                training.evaluate, training.predict, benchmarks.bench):
     cli.add_command(command)
 
 

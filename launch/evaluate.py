@@ -60,9 +60,7 @@ def evaluate_run(
         check_files(shards, manifest.splits[split].files)
     folder = RunFolder(run_path)
     run = folder.read()
-    newest = folder.newest_checkpoint(run)
-    if newest is None:
-        raise UserError(f"{folder.checkpoints}: no checkpoint there yet; train first")
+    newest = folder.last_checkpoint(run)
     if [c.wnid for c in manifest.classes] != run.wnids:
         raise UserError(f"{shards}: its {len(manifest.classes)} classes are not the {len(run.wnids)} that {run_path} "
                         "was trained on; evaluate on shards of the same classes")

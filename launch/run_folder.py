@@ -26,16 +26,18 @@ class Run:
     recipe: Recipe
     seed: int
     wnids: list[str]  # the classes, by label
+    words: list[str]  # what they are called, "" where nobody says; no part of what makes runs the same
     data: str  # SHA-256 of the manifest of the shards
     mean: str  # SHA-256 of mean.npy
 
     def __post_init__(self):
         if type(self.seed) is not int or self.seed < 0 or not all(
-            isinstance(text, str) for text in (*self.wnids, self.data, self.mean)
-        ):
+            isinstance(text, str) for text in (*self.wnids, *self.words, self.data, self.mean)
+        ) or len(self.words) != len(self.wnids):
             raise ValueError("not a run's seed, classes and hashes")
 
     def to_dict(self) -> dict:
+        """Return what makes two runs the same, as JSON values."""
         return {"recipe": self.recipe.to_dict(), "seed": self.seed, "wnids": self.wnids, "data": self.data,
                 "mean": self.mean}
 
@@ -60,15 +62,17 @@ class RunFolder:
         """Begin a run here, with the bytes of the shards' mean.npy."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_durably(self.path / "mean.npy", mean)
-        write_durably(self.path / "run.json", (json.dumps(run.to_dict(), indent=1) + "\n").encode())
+        described = {**run.to_dict(), "words": run.words}
+        write_durably(self.path / "run.json", (json.dumps(described, indent=1) + "\n").encode())
 
     def read(self) -> Run:
         """UserError where there is no run, or its description is damaged."""
         path = self.path / "run.json"
         try:
             fields = json.loads(path.read_bytes())
-            return Run(Recipe.from_dict(fields["recipe"]), fields["seed"], list(fields["wnids"]), fields["data"],
-                       fields["mean"])
+            wnids = list(fields["wnids"])
+            words = list(fields.get("words", [""] * len(wnids)))  # runs of earlier versions have none
+            return Run(Recipe.from_dict(fields["recipe"]), fields["seed"], wnids, words, fields["data"], fields["mean"])
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run there (no run.json); start one with `alexnet train`") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -85,6 +89,13 @@ class RunFolder:
         if differing:
             raise UserError(f"{newest}: a checkpoint of another run ({', '.join(differing)} differ from "
                             f"{self.path / 'run.json'}); remove it, or restore run.json")
+        return newest
+
+    def last_checkpoint(self, run: Run) -> Path:
+        """Return the newest checkpoint. UserError where there is none."""
+        newest = self.newest_checkpoint(run)
+        if newest is None:
+            raise UserError(f"{self.checkpoints}: no checkpoint there yet; train first")
         return newest
 
     def mean(self, run: Run) -> np.ndarray:

@@ -63,7 +63,8 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
             raise UserError(f"{folder.path}: at step {reached} already, past --steps {options.stop_after}")
     else:
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-        run, newest = Run(recipe, seed, [c.wnid for c in manifest.classes], data, manifest.mean.sha256), None
+        wnids, words = zip(*((c.wnid, c.words) for c in manifest.classes))
+        run, newest = Run(recipe, seed, list(wnids), list(words), data, manifest.mean.sha256), None
         if world.leads:
             folder.check_new()
     trainer = Trainer(world, shards, manifest, run, folder, options)

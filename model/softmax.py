@@ -33,6 +33,15 @@ def probabilities(logits: Tensor, exchange: Exchange | None = None) -> Tensor:
     return torch.exp(logits - highest[:, None]) / total[:, None]
 
 
+def of_all_classes(scores: Tensor, classes: int, exchange: Exchange | None = None) -> Tensor:
+    """Return [N, classes] of this tower's [N, K] and the peer's, in both processes."""
+    if exchange is None:
+        return scores
+    own = F.pad(scores, (0, (classes + 1) // 2 - scores.shape[1]))  # of an odd number tower 0 holds one more
+    peer = exchange.swap(own, "scores of all classes")
+    return torch.cat([own, peer] if exchange.tower == 0 else [peer, own], 1)[:, :classes]
+
+
 def rank_of_label(scores: Tensor, labels: Tensor, first_class: int = 0, exchange: Exchange | None = None) -> Tensor:
     """Return int64 [N]: how many classes score higher than the label (0: right, below 5: among the top five).
 

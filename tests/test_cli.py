@@ -104,7 +104,7 @@ def test_unknown_recipe(tmp_path):
 
 def test_help_names_every_command():
     shown = alexnet("--help").stdout
-    for command in ("sample", "inspect", "preprocess", "verify", "recipes", "train", "evaluate", "bench"):
+    for command in ("sample", "inspect", "preprocess", "verify", "recipes", "train", "evaluate", "predict", "bench"):
         assert command in shown
 
 

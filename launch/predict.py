@@ -1,0 +1,80 @@
+"""What a trained network sees in pictures of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from launch import facts
+from launch.run_folder import RunFolder, load_network
+from launch.world import World
+from model.softmax import of_all_classes, probabilities
+from pipeline.batches import CENTRE, CROP, TEN_VIEWS, Batch
+from pipeline.images import BrokenImage, fit
+from pipeline.pixels.finish import Finisher
+
+PICTURES_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class Guess:
+    wnid: str
+    words: str
+    probability: float
+
+
+def predict(
+    world: World, run_path: Path, pictures: Sequence[Path], views: int, guesses: int,
+    broken: Callable[[Path, str], object],
+) -> Iterator[tuple[Path, list[Guess]]]:
+    """Yield each picture with the classes that the run's newest checkpoint finds likeliest, the likeliest first.
+
+    Pictures are decoded, cut and rescaled as for training; the softmax outputs of 10 views are averaged (section 4.1),
+    or 1 view is the centre. Both towers yield the same. What is no picture is left out, and `broken` is told which and
+    why. Raises UserError where the run cannot be used.
+    """
+    world.await_leader()
+    folder = RunFolder(run_path)
+    run = folder.read()
+    checkpoint = folder.last_checkpoint(run)
+    seen = TEN_VIEWS if views == 10 else CENTRE
+    finisher = Finisher(folder.mean(run), run.recipe.pixel_scale, CROP, world.threads)
+    world.agree({"run": run.to_dict(), "checkpoint": checkpoint.name, "pictures": list(map(str, pictures)),
+                 "views": views, "code": facts.code_hash()})
+    world.connect()
+    network = load_network(checkpoint, run, world).eval()
+    for batch in _fitted(pictures, broken):
+        files, images = zip(*batch)
+        pixels = finisher.finish(np.stack(images), Batch(
+            np.arange(len(images)), np.tile(seen.anchors, (len(images), 1)), np.tile(seen.flips, len(images)),
+            np.zeros((len(images) * len(seen.flips), 3), np.float32),
+        )).permute(0, 3, 1, 2).to(world.device)
+        with torch.no_grad():
+            scores = probabilities(network(pixels), world.exchange).unflatten(0, (len(images), -1)).mean(1)
+            scores = of_all_classes(scores, len(run.wnids), world.exchange)
+        best, labels = scores.sort(dim=1, descending=True, stable=True)
+        for file, chances, classes in zip(files, best[:, :guesses].tolist(), labels[:, :guesses].tolist()):
+            yield file, [Guess(run.wnids[c], run.words[c], chance) for c, chance in zip(classes, chances)]
+
+
+def _fitted(
+    pictures: Sequence[Path], broken: Callable[[Path, str], object]
+) -> Iterator[list[tuple[Path, np.ndarray]]]:
+    """Yield a few pictures at a time, uint8 [256, 256, 3] each."""
+    batch = []
+    for path in pictures:
+        try:
+            batch.append((path, fit(path.read_bytes())))
+        except BrokenImage as error:
+            broken(path, str(error))
+        except OSError as error:
+            broken(path, error.strerror or str(error))
+        if len(batch) == PICTURES_AT_A_TIME:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
