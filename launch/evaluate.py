@@ -72,5 +72,5 @@ def evaluate_run(
     world.connect()
     network = load_network(newest, run, world)
     batches = EvaluationLoader(images, mean, "ten" if views == 10 else "centre", batch, world.device,
-                               run.recipe.pixel_scale, world.threads)
+                               run.recipe.pixel_scale, world.threads, run.recipe.mean_at)
     return error_rates(network, batches, len(run.wnids), world), checkpoint.read_state(newest)["step"]

@@ -13,7 +13,7 @@ from launch import facts
 from launch.run_folder import RunFolder, load_network
 from launch.world import World
 from model.softmax import of_all_classes, probabilities
-from pipeline.batches import CENTRE, CROP, TEN_VIEWS, Batch
+from pipeline.batches import CENTRE, CROP, TEN_VIEWS
 from pipeline.images import BrokenImage, fit
 from pipeline.pixels.finish import Finisher
 
@@ -49,10 +49,8 @@ def predict(
     network = load_network(checkpoint, run, world).eval()
     for batch in _fitted(pictures, broken):
         files, images = zip(*batch)
-        pixels = finisher.finish(np.stack(images), Batch(
-            np.arange(len(images)), np.tile(seen.anchors, (len(images), 1)), np.tile(seen.flips, len(images)),
-            np.zeros((len(images) * len(seen.flips), 3), np.float32),
-        )).permute(0, 3, 1, 2).to(world.device)
+        views_of_them = seen.of(np.arange(len(images)), run.recipe.mean_at)
+        pixels = finisher.finish(np.stack(images), views_of_them).permute(0, 3, 1, 2).to(world.device)
         with torch.no_grad():
             scores = probabilities(network(pixels), world.exchange).unflatten(0, (len(images), -1)).mean(1)
             scores = of_all_classes(scores, len(run.wnids), world.exchange)

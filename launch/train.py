@@ -20,9 +20,9 @@ from launch.progress import check_with_bar
 from launch.run_folder import Run, RunFolder
 from launch.runlog import Interval, RunLog
 from launch.world import World
-from model.optimizer import MomentumSGD
+from model.optimizer import optimizer_of, set_rates
 from model.recipe import Recipe
-from model.schedule import Progress
+from model.schedule import Moment, Progress
 from model.softmax import cross_entropy
 from model.tower import build, whole_shapes
 from pipeline.batches import Lighting, TrainingBatches
@@ -105,8 +105,10 @@ class Trainer:
         self.mean = np.load(shards / manifest.mean.name, allow_pickle=False)
         self.classes = len(manifest.classes)
         self.training, self.validation = (ShardImages(shards, manifest, split) for split in ("train", "val"))
-        lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), self.recipe.colour_std)
-        self.batches = TrainingBatches(len(self.training), self.recipe.batch, run.seed, lighting)
+        recipe = self.recipe
+        lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), recipe.colour_std, recipe.colour_by)
+        self.batches = TrainingBatches(len(self.training), recipe.batch, run.seed, lighting, recipe.colour_epochs,
+                                       recipe.crops_shared_by, recipe.mean_at)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
         self.progress = Progress()
@@ -156,8 +158,7 @@ class Trainer:
         network = build(self.recipe, self.classes, self.identity.seed, self.world.exchange)
         shapes = whole_shapes(self.recipe, self.classes)
         self.network = network.to(self.world.device)
-        self.optimizer = MomentumSGD(self.network.parameters(), self.recipe.learning_rate, self.recipe.momentum,
-                                     self.recipe.weight_decay)
+        self.optimizer = optimizer_of(self.network, self.recipe)
         self.tensors: dict[str, Tensor] = {}  # what a checkpoint holds
         for name, parameter in self.network.named_parameters():
             self.tensors[name] = parameter.detach()
@@ -176,8 +177,10 @@ class Trainer:
 
     def _step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one training step; return the loss and the number of images classified right."""
-        rate = self.recipe.schedule.rate(self.recipe.learning_rate, self.step, self.total_steps, self.progress)
-        self.optimizer.param_groups[0]["lr"] = rate
+        epoch = self.step // self.steps_per_epoch
+        self.rate = set_rates(self.optimizer, self.recipe, Moment(self.step, self.total_steps, epoch, self.progress))
+        if self.recipe.colour_shrink != 1 and self.batches.has_lighting(epoch):
+            pixels.div_(self.recipe.colour_shrink)
         self.network.train()
         self.optimizer.zero_grad()
         logits = self.network(pixels, self.step)
@@ -211,7 +214,7 @@ class Trainer:
     def _validate(self) -> Errors:
         began = time.perf_counter()
         batches = EvaluationLoader(self.validation, self.mean, "centre", self.recipe.batch, self.world.device,
-                                   self.recipe.pixel_scale, self.world.threads)
+                                   self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at)
         errors = error_rates(self.network, batches, self.classes, self.world)
         self.progress = self.recipe.schedule.observe(self.progress, errors.top1)
         epoch = self.step // self.steps_per_epoch
@@ -240,7 +243,7 @@ class Trainer:
         self.trained_s += interval.seconds
         self.last_loss = figures["loss"]
         self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch,
-                       rate=self.optimizer.param_groups[0]["lr"], **figures)
+                       rate=self.rate, **figures)
         bar.set_postfix_str(f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s")
 
 

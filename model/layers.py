@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -85,6 +86,21 @@ def _power(d: Tensor, beta: float) -> Tensor:
         root = d.rsqrt()
         return root.mul_(root.sqrt())
     return d.pow(-beta)
+
+
+class MapNorm(nn.Module):
+    """y = x / (k + alpha * sum of x^2 over the n x n places around it, in the same map)^beta, on [N, C, H, W].
+
+    Of Krizhevsky's own configuration, not of the paper. Places beyond the edge count as zeros.
+    """
+
+    def __init__(self, k: float, n: int, alpha: float, beta: float):
+        super().__init__()
+        self.k, self.n, self.alpha, self.beta = k, n, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = F.avg_pool2d(x * x, self.n, stride=1, padding=self.n // 2)  # of n x n places, those beyond the edge too
+        return x * (self.k + self.alpha * self.n**2 * mean).pow(-self.beta)
 
 
 class Dropout(nn.Module):

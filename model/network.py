@@ -5,13 +5,15 @@ Shapes: N images, then channels x height x width. Kernels of `notes`; the two to
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Dropout, LocalResponseNorm
+from model.layers import Dropout, LocalResponseNorm, MapNorm
 from model.random import generator
-from model.recipe import Recipe
+from model.recipe import LAYERS, Recipe
 
 
 class AlexNet(nn.Module):
@@ -38,13 +40,16 @@ class AlexNet(nn.Module):
     def _add_unlearned_layers(self, recipe: Recipe, seed: int, tower: int | None) -> None:
         self.lrn = LocalResponseNorm(recipe.lrn_k, recipe.lrn_n, recipe.lrn_alpha, recipe.lrn_beta,
                                      towers=2 if tower is None else 1)
+        self.lrn_before_relu = recipe.lrn_before_relu
+        self.map_norm = MapNorm(*astuple(recipe.map_norm)) if recipe.map_norm else nn.Identity()
         self.drop6 = Dropout(recipe.dropout, recipe.neurons[0], seed, "fc6", tower)
         self.drop7 = Dropout(recipe.dropout, recipe.neurons[1], seed, "fc7", tower)
 
     def forward(self, images: Tensor, step: int = 0) -> Tensor:
         x = F.pad(images, (0, 3, 0, 3))  # 3 x 227 x 227: the paper's 224 -> 55 is a rounding up
-        x = pool(self.lrn(F.relu(self.conv1(x))))  # 96 x 55 x 55 -> 96 x 27 x 27
-        x = pool(self.lrn(F.relu(self.conv2(x))))  # 256 x 27 x 27 -> 256 x 13 x 13
+        x = self.conv1(x)  # 96 x 55 x 55
+        x = F.relu(pool(self.lrn(x))) if self.lrn_before_relu else pool(self.lrn(F.relu(x)))  # 96 x 27 x 27
+        x = pool(self.map_norm(self.lrn(F.relu(self.conv2(x)))))  # 256 x 27 x 27 -> 256 x 13 x 13
         x = F.relu(self.conv3(x))  # 384 x 13 x 13; reads both towers
         x = F.relu(self.conv4(x))  # 384 x 13 x 13
         x = pool(F.relu(self.conv5(x)))  # 256 x 13 x 13 -> 256 x 6 x 6
@@ -70,7 +75,7 @@ def initialise(network: nn.Module, whole_shapes: dict, recipe: Recipe, seed: int
             parameter.data.fill_(float(layer in recipe.ones))
             continue
         shape = whole_shapes[name]
-        std = recipe.weight_std if recipe.weight_std is not None else (2 / shape[1:].numel()) ** 0.5
+        std = recipe.weight_std[LAYERS.index(layer)] if recipe.weight_std else (2 / shape[1:].numel()) ** 0.5
         # On the CPU in single precision whatever the network's device and type: the same start everywhere.
         weight = torch.empty(shape).normal_(0, std, generator=generator("cpu", seed, "weights", name))
         parameter.data.copy_(weight if tower is None else weight.chunk(2)[tower])

@@ -1,15 +1,48 @@
-"""The paper's update rule."""
+"""The paper's update rule, and which parameter learns how fast."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from model.recipe import Recipe
+from model.schedule import ByHand, Moment
+
+
+def optimizer_of(network: nn.Module, recipe: Recipe) -> MomentumSGD:
+    """Return an optimizer for `network`, the whole or a tower. A group holds the weights or the biases of conv1, or of
+    all other layers: recipes give them rates of their own."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        layer, kind = name.split(".")
+        groups.setdefault((layer == "conv1", kind == "bias"), []).append(parameter)
+    return MomentumSGD([
+        {"params": parameters, "conv1": conv1, "bias": bias,
+         "weight_decay": recipe.bias_decay if bias else recipe.weight_decay}
+        for (conv1, bias), parameters in groups.items()
+    ], recipe.learning_rate, recipe.momentum, recipe.weight_decay)
+
+
+def set_rates(optimizer: MomentumSGD, recipe: Recipe, moment: Moment) -> float:
+    """Give every group of `optimizer_of` its rate at `moment`; return the weights'."""
+    schedule = recipe.schedule
+    weights = schedule.rate(recipe.learning_rate, moment)
+    for group in optimizer.param_groups:
+        rate = recipe.bias_rate if group["bias"] and recipe.bias_rate is not None else weights
+        if isinstance(schedule, ByHand) and group["conv1"]:
+            if moment.epoch >= schedule.conv1_freezes:
+                rate = 0.0
+            elif moment.epoch >= schedule.conv1_slows and not group["bias"]:
+                rate = schedule.conv1_rate
+        group["lr"] = rate
+    return weights
 
 
 class MomentumSGD(torch.optim.Optimizer):
     """v <- momentum v - weight_decay lr w - lr g ; w <- w + v (Krizhevsky et al. 2012, section 5).
 
     Unlike torch.optim.SGD, whose velocity is in units of the gradient, this velocity carries the
-    learning rate it was made with: after a change of rate the two differ. Every parameter decays.
+    learning rate it was made with: after a change of rate the two differ.
     """
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9, weight_decay: float = 0.0005):

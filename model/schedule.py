@@ -1,4 +1,4 @@
-"""Learning rates: the paper's plateau rule, and one cycle for short trainings."""
+"""Learning rates: the paper's plateau rule, one cycle for short trainings, and changes by hand."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Plateau:
     drops: int = 3
     patience_epochs: int = 5
 
-    def rate(self, highest: float, step: int, total_steps: int, progress: Progress) -> float:
-        return highest / self.factor**progress.drops
+    def rate(self, highest: float, moment: Moment) -> float:
+        return highest / self.factor**moment.progress.drops
 
     def ended(self, progress: Progress) -> bool:
         return progress.drops > self.drops
@@ -37,7 +37,8 @@ class OneCycle:
 
     warmup: float = 0.15  # share of all steps spent rising
 
-    def rate(self, highest: float, step: int, total_steps: int, progress: Progress) -> float:
+    def rate(self, highest: float, moment: Moment) -> float:
+        step, total_steps = moment.step, moment.total_steps
         rising = max(1, round(self.warmup * total_steps))
         if step < rising:
             return highest * (step + 1) / rising
@@ -48,6 +49,39 @@ class OneCycle:
 
     def observe(self, progress: Progress, error: float) -> Progress:
         return Progress(min(error, progress.best_error), 0, 0)
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """Change rates after given numbers of epochs, as somebody did who watched the error.
+
+    Defaults are those of Krizhevsky's configuration 145, whose logs match the paper's table.
+    """
+
+    drops: tuple[int, ...] = (23, 51, 78)  # epochs after which the weights' rate is divided by `factor`
+    factor: float = 10.0
+    conv1_slows: int = 68  # epochs after which conv1's weights have `conv1_rate`
+    conv1_rate: float = 1e-5
+    conv1_freezes: int = 72  # epochs after which conv1 learns nothing, biases included
+
+    def rate(self, highest: float, moment: Moment) -> float:
+        return highest / self.factor ** sum(moment.epoch >= epoch for epoch in self.drops)
+
+    def ended(self, progress: Progress) -> bool:
+        return False
+
+    def observe(self, progress: Progress, error: float) -> Progress:
+        return Progress(min(error, progress.best_error), 0, 0)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When in a run a rate is asked for."""
+
+    step: int
+    total_steps: int
+    epoch: int  # whole epochs before it
+    progress: Progress
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,12 @@ class Views(NamedTuple):
     anchors: np.ndarray  # int32 [V, 2], (y, x) of the top left pixel
     flips: np.ndarray  # bool [V], mirrored left to right
 
+    def of(self, indices: np.ndarray, mean_at: str) -> Batch:
+        """Return the batch of these views of each image of `indices`."""
+        images, crops = len(indices), len(indices) * len(self.flips)
+        return placed(indices, np.tile(self.anchors, (images, 1)), np.tile(self.flips, images),
+                      np.zeros((crops, 3), np.float32), mean_at)
+
 
 _EDGE, _MIDDLE = IMAGE_SIZE - CROP, (IMAGE_SIZE - CROP) // 2
 _FIVE_ANCHORS = [[0, 0], [0, _EDGE], [_EDGE, 0], [_EDGE, _EDGE], [_MIDDLE, _MIDDLE]]
@@ -45,12 +51,13 @@ class Lighting:
     scales: np.ndarray  # float64 [3], standard deviation along p_i, in levels of 0-255 pixels
 
     @classmethod
-    def from_covariance(cls, rgb_covariance: np.ndarray, std: float = 0.1) -> Lighting:
+    def from_covariance(cls, rgb_covariance: np.ndarray, std: float = 0.1, by: str = "variance") -> Lighting:
         """Make it from the covariance [3, 3] of RGB pixels in 0-255, with alpha_i ~ N(0, std).
 
         The paper writes sum_i p_i alpha_i lambda_i and no unit. As its reproductions do, lambda_i is taken of pixels
         scaled to 0-1, and so is the shift: lambda_i = eigenvalue / 255**2, and the shift of 0-255 pixels is 255 times
-        that. Raises DataError for what is no covariance.
+        that. By "deviation", as the authors' program has it, lambda_i is the square root of the eigenvalue, the
+        standard deviation of 0-255 pixels along p_i. Raises DataError for what is no covariance.
         """
         covariance = np.asarray(rgb_covariance, np.float64)
         if covariance.shape != (3, 3) or not np.isfinite(covariance).all() or not np.allclose(covariance, covariance.T):
@@ -61,7 +68,7 @@ class Lighting:
         # the first of equals, so that a resumed run has the same noise on another machine.
         greatest = np.argmax(np.abs(components).round(6), axis=0)
         components = components * np.sign(components[greatest, range(3)])
-        return cls(components, 255 * std * eigenvalues / 255**2)
+        return cls(components, std * (np.sqrt(eigenvalues) if by == "deviation" else eigenvalues / 255))
 
     def shifts(self, images: int, generator: np.random.Generator) -> np.ndarray:
         """Draw float32 [images, 3], to be added to RGB pixels in 0-255."""
@@ -76,6 +83,18 @@ class Batch:
     anchors: np.ndarray  # int32 [N * V, 2], (y, x) of the crop's top left pixel
     flips: np.ndarray  # bool [N * V], mirrored left to right
     shifts: np.ndarray  # float32 [N * V, 3], added to RGB pixels in 0-255
+    mean_anchors: np.ndarray  # int32 [N * V, 2], where in the mean image the crop's mean begins
+    mean_flips: np.ndarray  # bool [N * V], that mean mirrored
+
+
+def placed(
+    indices: np.ndarray, anchors: np.ndarray, flips: np.ndarray, shifts: np.ndarray, mean_at: str
+) -> Batch:
+    """Return a batch that subtracts the mean at each crop's place, flipped with it ("crop"), or always the mean's
+    central crop, never flipped ("centre")."""
+    if mean_at == "crop":
+        return Batch(indices, anchors, flips, shifts, anchors, flips)
+    return Batch(indices, anchors, flips, shifts, CENTRE.anchors.repeat(len(flips), axis=0), np.zeros_like(flips))
 
 
 # The first word of the key of each random stream. Without it, NumPy would give [seed, epoch] and [seed, epoch, 0] the
@@ -86,8 +105,11 @@ _ORDER, _AUGMENTATION = 0, 1
 class TrainingBatches:
     """The batches of a training run over `images` images; the last partial batch of an epoch is dropped.
 
-    Each epoch is a permutation of all images. Crops are uniform over all offsets, flips have p = 0.5, and lighting
-    (none: no shift) is drawn for every image. Raises DataError where there are fewer images than one batch needs.
+    Each epoch is a permutation of all images. Crops are uniform over all offsets, flips have p = 0.5, both drawn once
+    for `crops_shared_by` images next to each other; lighting (none: no shift) is drawn for every image, in the first
+    `lighting_epochs` epochs (none: in all). `mean_at` as in `placed`.
+
+    Raises DataError where there are fewer images than one batch needs.
     """
 
     def __init__(
@@ -96,6 +118,9 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         lighting: Lighting | None,
+        lighting_epochs: int | None = None,
+        crops_shared_by: int = 1,
+        mean_at: str = "crop",
         crop: int = CROP,
         image_size: int = IMAGE_SIZE,
     ):
@@ -105,7 +130,8 @@ class TrainingBatches:
             raise DataError(f"the training set has {images} images, one batch needs {batch_size}: "
                             "choose a smaller batch or more images")
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.lighting, self.crop, self.image_size = lighting, crop, image_size
+        self.lighting, self.lighting_epochs = lighting, lighting_epochs
+        self.crops_shared_by, self.mean_at, self.crop, self.image_size = crops_shared_by, mean_at, crop, image_size
         self.steps_per_epoch = images // batch_size
         self._order_of: tuple[int, np.ndarray] | None = None  # only to save time: the last epoch asked for
 
@@ -116,10 +142,19 @@ class TrainingBatches:
         n = self.batch_size
         generator = self._generator(_AUGMENTATION, epoch, step)
         # The colour noise is drawn last, so that a run without it has the same crops and flips.
-        anchors = generator.integers(0, self.image_size - self.crop, (n, 2), np.int32, endpoint=True)
-        flips = generator.integers(0, 2, n, np.int32) == 1
-        shifts = np.zeros((n, 3), np.float32) if self.lighting is None else self.lighting.shifts(n, generator)
-        return Batch(self._order(epoch)[step * n : (step + 1) * n], anchors, flips, shifts)
+        draws = -(-n // self.crops_shared_by)
+        anchors = generator.integers(0, self.image_size - self.crop, (draws, 2), np.int32, endpoint=True)
+        flips = generator.integers(0, 2, draws, np.int32) == 1
+        if self.has_lighting(epoch):
+            shifts = self.lighting.shifts(n, generator)
+        else:
+            shifts = np.zeros((n, 3), np.float32)
+        if draws < n:
+            anchors, flips = (drawn.repeat(self.crops_shared_by, axis=0)[:n] for drawn in (anchors, flips))
+        return placed(self._order(epoch)[step * n : (step + 1) * n], anchors, flips, shifts, self.mean_at)
+
+    def has_lighting(self, epoch: int) -> bool:
+        return self.lighting is not None and (self.lighting_epochs is None or epoch < self.lighting_epochs)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._order_of is None or self._order_of[0] != epoch:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.batches import CENTRE, CROP, TEN_VIEWS, Batch, TrainingBatches, Views
+from pipeline.batches import CENTRE, CROP, TEN_VIEWS, Batch, TrainingBatches
 from pipeline.errors import DataError
 from pipeline.manifest import IMAGE_SIZE
 from pipeline.shards import ShardImages
@@ -44,11 +44,11 @@ class _Source:
 
 
 class _Delivery:
-    """The pixels and labels of `batches`, one by one: each image has the crops `views`, or (None) one of its own."""
+    """The pixels and labels of `batches`, one by one: each image has the crops of `views`, or (None) one of its own."""
 
     def __init__(
         self, images: ShardImages, batches: Iterator[Batch], mean: np.ndarray, scale: float, crop: int,
-        views: Views | None, batch_size: int, threads: int, device: torch.device,
+        views: Batch | None, batch_size: int, threads: int, device: torch.device,
     ):
         self._images, self._device = images, device
         if device.type == "cuda":  # numba, which the CPU's way needs, is imported only where it is used
@@ -182,7 +182,8 @@ class EvaluationLoader:
     Each iteration starts afresh, and yields (pixels, labels) as TrainingLoader does, without flips of chance or colour
     shifts: labels int64 [N], pixels float32 [N * V, 3, 224, 224] with the V views of one image next to each other,
     V = 1 for views="centre" (the centre crop) and V = 10 for views="ten" (pipeline.batches.TEN_VIEWS, in that order).
-    len() is the number of batches. An image is decoded once however many its views.
+    len() is the number of batches. An image is decoded once however many its views. `mean_at` as in
+    pipeline.batches.placed.
     """
 
     def __init__(
@@ -194,17 +195,19 @@ class EvaluationLoader:
         device: str | torch.device = "cpu",
         scale: float = 1.0,
         threads: int = 1,
+        mean_at: str = "crop",
     ):
         if views not in ("centre", "ten"):
             raise ValueError(f"views {views!r}: centre or ten")
         self._images, self._mean, self._views = images, _checked(mean), TEN_VIEWS if views == "ten" else CENTRE
+        self._mean_at = mean_at
         self._batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        several = self._views if len(self._views.flips) > 1 else None
+        several = self._views.of(np.arange(1), self._mean_at) if len(self._views.flips) > 1 else None
         delivery = _Delivery(
             self._images, self._batches(), self._mean, self._scale, CROP, several, self._batch_size, self._threads,
             self._device,
@@ -221,9 +224,7 @@ class EvaluationLoader:
 
     def _batches(self) -> Iterator[Batch]:
         for first in range(0, len(self._images), self._batch_size):
-            indices = np.arange(first, min(first + self._batch_size, len(self._images)))
-            anchors, flips = np.tile(self._views.anchors, (len(indices), 1)), np.tile(self._views.flips, len(indices))
-            yield Batch(indices, anchors, flips, np.zeros((len(flips), 3), np.float32))
+            yield self._views.of(np.arange(first, min(first + self._batch_size, len(self._images))), self._mean_at)
 
 
 def _checked(mean: np.ndarray) -> np.ndarray:

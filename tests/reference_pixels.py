@@ -21,11 +21,16 @@ def view(
     shift: np.ndarray | float = 0.0,
     scale: float = 1.0,
     crop: int = 224,
+    mean_at: str = "crop",
 ) -> np.ndarray:
     """One view of one image, float64 [3, crop, crop]."""
     y, x = anchor
-    window = slice(y, y + crop), slice(x, x + crop)
-    pixels = decoded(jpeg)[window].astype(np.float64) - mean[window] + shift
+    window, centre = np.s_[y : y + crop, x : x + crop], np.s_[16 : 16 + crop, 16 : 16 + crop]
+    pixels = decoded(jpeg)[window].astype(np.float64)
+    if mean_at == "crop":
+        pixels -= mean[window]
     if flip:
         pixels = pixels[:, ::-1]
-    return (pixels * scale).transpose(2, 0, 1)
+    if mean_at == "centre":
+        pixels = pixels - mean[centre]
+    return ((pixels + shift) * scale).transpose(2, 0, 1)

@@ -17,8 +17,13 @@ COVARIANCE = PUBLISHED_VECTORS.T @ np.diag(PUBLISHED_DEVIATIONS**2) @ PUBLISHED_
 
 
 def assert_same(one: Batch, other: Batch) -> None:
-    for field in ("indices", "anchors", "flips", "shifts"):
+    for field in ("indices", "anchors", "flips", "shifts", "mean_anchors", "mean_flips"):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field), err_msg=field)
+
+
+def test_lighting_by_deviation_is_of_pixels_in_0_255():
+    lighting = Lighting.from_covariance(COVARIANCE, std=0.1, by="deviation")
+    np.testing.assert_allclose(lighting.scales, 0.1 * PUBLISHED_DEVIATIONS, rtol=1e-4)
 
 
 def test_lighting_has_the_scale_of_published_eigenvalues():
@@ -108,6 +113,30 @@ def test_lighting_changes_nothing_but_the_shifts():
     assert not plain.shifts.any() and lit.shifts.all()
     for field in ("indices", "anchors", "flips"):
         np.testing.assert_array_equal(getattr(plain, field), getattr(lit, field))
+
+
+def test_lighting_ends_after_its_epochs():
+    lighting = Lighting.from_covariance(COVARIANCE)
+    whole, ended = (TrainingBatches(32, 8, 2, lighting, epochs) for epochs in (None, 3))
+    assert_same(whole.at(2, 3), ended.at(2, 3))
+    assert whole.at(3, 0).shifts.all() and not ended.at(3, 0).shifts.any()
+    np.testing.assert_array_equal(whole.at(3, 0).anchors, ended.at(3, 0).anchors)
+
+
+@pytest.mark.parametrize("batch_size, runs", [(128, [32] * 4), (80, [32, 32, 16])])
+def test_crops_shared_by_images_next_to_each_other(batch_size, runs):
+    batches = TrainingBatches(500, batch_size, 4, Lighting.from_covariance(COVARIANCE), crops_shared_by=32)
+    seen = set()
+    for step in range(batches.steps_per_epoch):
+        batch, first = batches.at(0, step), 0
+        for run in runs:
+            crops = {(*anchor, flip) for anchor, flip in zip(batch.anchors[first : first + run].tolist(),
+                                                             batch.flips[first : first + run].tolist())}
+            assert len(crops) == 1
+            seen |= crops
+            first += run
+        assert first == batch_size == len(set(map(tuple, batch.shifts.tolist())))  # each image has its own noise
+    assert len(seen) > batches.steps_per_epoch
 
 
 def test_golden_values():

@@ -99,7 +99,8 @@ def test_an_image_of_zero_bytes_is_listed_and_left_out(tmp_path):
 
 
 def test_unknown_recipe(tmp_path):
-    fails("no recipe named 'big'; there are notes, paper, tiny", "train", tmp_path, tmp_path / "run", "--recipe", "big")
+    fails("no recipe named 'big'; there are notes, paper, source, tiny",
+          "train", tmp_path, tmp_path / "run", "--recipe", "big")
 
 
 def test_help_names_every_command():
@@ -189,12 +190,13 @@ def test_a_reader_that_has_seen_enough():
 
 def test_recipes_side_by_side():
     lines = alexnet("recipes").stdout.splitlines()
-    assert lines[0].split() == ["notes", "paper", "tiny"]
+    assert lines[0].split() == ["notes", "paper", "source", "tiny"]
     rows = {line.split()[0]: line for line in lines[1:] if line}
     assert re.split("  +", next(line for line in lines if line.startswith("ones "))) == [
-        "ones", "conv2 conv3 conv5 fc6 fc7 fc8", "* conv2 conv4 conv5 fc6 fc7", "* none"
+        "ones", "conv2 conv3 conv5 fc6 fc7 fc8", "* conv2 conv4 conv5 fc6 fc7", "* conv2 conv4 conv5 fc6 fc7", "* none"
     ]
-    assert re.split("  +", next(line for line in lines if line.startswith("batch "))) == ["batch", "128", "128", "* 32"]
+    batch = next(line for line in lines if line.startswith("batch "))
+    assert re.split("  +", batch) == ["batch", "128", "128", "128", "* 32"]
     assert rows["batch"].endswith("images a step")
     assert json.loads(alexnet("recipes", "--json").stdout) == {name: r.to_dict() for name, r in RECIPES.items()}
 

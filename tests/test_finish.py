@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import TEN_VIEWS, Batch
+from pipeline.batches import TEN_VIEWS, Batch, placed
 from pipeline.pixels.finish import Finisher, _compiled
 
 GENERATOR = np.random.default_rng(0)
@@ -14,27 +14,30 @@ MEAN = GENERATOR.uniform(0, 255, (256, 256, 3)).astype(np.float32)
 IMAGES = GENERATOR.integers(0, 256, (4, 256, 256, 3), np.uint8)
 
 
-def batch_of(anchors: np.ndarray, flips: np.ndarray) -> Batch:
+def batch_of(anchors: np.ndarray, flips: np.ndarray, mean_at: str = "crop") -> Batch:
     shifts = GENERATOR.normal(0, 20, (len(flips), 3)).astype(np.float32)
-    return Batch(np.arange(len(IMAGES)), anchors, flips, shifts)
+    return placed(np.arange(len(IMAGES)), anchors, flips, shifts, mean_at)
 
 
 def expected(batch: Batch, scale: float, crop: int) -> np.ndarray:
     """The same float32 operations in the same order."""
     crops, each = [], len(batch.flips) // len(IMAGES)
-    for k, ((y, x), flip, shift) in enumerate(zip(batch.anchors, batch.flips, batch.shifts)):
-        window = np.s_[y : y + crop, x : x + crop]
-        pixels = IMAGES[k // each][window].astype(np.float32) - MEAN[window]
-        crops.append(((pixels[:, ::-1] if flip else pixels) + shift) * np.float32(scale))
+    for k, (y, x) in enumerate(batch.anchors):
+        image = IMAGES[k // each][y : y + crop, x : x + crop].astype(np.float32)
+        mean_y, mean_x = batch.mean_anchors[k]
+        mean = MEAN[mean_y : mean_y + crop, mean_x : mean_x + crop]
+        image, mean = image[:, ::-1] if batch.flips[k] else image, mean[:, ::-1] if batch.mean_flips[k] else mean
+        crops.append((image - mean + batch.shifts[k]) * np.float32(scale))
     return np.stack(crops)
 
 
 RANDOM = batch_of(GENERATOR.integers(0, 33, (4, 2), np.int32), np.array([True, False, True, False]))
 CORNERS = batch_of(np.array([[0, 0], [0, 32], [32, 0], [32, 32]], np.int32), np.array([True, True, False, False]))
 TEN = batch_of(np.tile(TEN_VIEWS.anchors, (4, 1)), np.tile(TEN_VIEWS.flips, 4))
+CENTRED = batch_of(RANDOM.anchors, RANDOM.flips, mean_at="centre")
 
 
-@pytest.mark.parametrize("batch", [RANDOM, CORNERS, TEN], ids=["random", "corners", "ten views"])
+@pytest.mark.parametrize("batch", [RANDOM, CORNERS, TEN, CENTRED], ids=["random", "corners", "ten views", "centred"])
 @pytest.mark.parametrize("threads", [1, 3, 7])
 @pytest.mark.parametrize("scale", [1.0, 1 / 57])
 def test_crops_of_whole_images_are_numpys_to_the_bit(batch, threads, scale):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.layers import CACHE_BLOCK_BYTES, Dropout, LocalResponseNorm
+from model.layers import CACHE_BLOCK_BYTES, Dropout, LocalResponseNorm, MapNorm
 
 
 def slow_response_norm(x, k, n, alpha, beta, towers):
@@ -30,6 +30,17 @@ def test_response_norm_is_the_formula(channels, n, beta, towers, memory_format):
     norm = LocalResponseNorm(2.0, n, 1e-4, beta, towers)
     expected = slow_response_norm(x, 2.0, n, 1e-4, beta, towers)
     torch.testing.assert_close(norm(x), expected, rtol=1e-13, atol=0)
+
+
+def test_map_norm_is_the_formula():
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64) * 50
+    expected = torch.empty_like(x)
+    for row in range(6):
+        for column in range(7):
+            near = x[:, :, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3]
+            total = (near**2).sum((2, 3))
+            expected[:, :, row, column] = x[:, :, row, column] / (1 + 1e-3 / 25 * total) ** 0.75
+    torch.testing.assert_close(MapNorm(1.0, 5, 1e-3 / 25, 0.75)(x), expected, rtol=1e-13, atol=0)
 
 
 def test_response_norm_equals_torch_with_its_alpha():

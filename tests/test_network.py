@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.exchange.local import local_pair
-from model.recipe import NOTES, TINY
+from model.recipe import LAYERS, NOTES, PAPER, SOURCE, TINY, SameMapNorm
 from model.tower import build, whole_shapes
 
 # Krizhevsky et al. 2012, figure 2; kernels and sizes of one tower, doubled.
@@ -82,6 +82,37 @@ def test_notes_start():
             assert layer.weight.mean().item() == pytest.approx(0, abs=5e-4)
             expected = 1.0 if name in ("conv2", "conv3", "conv5", "fc6", "fc7", "fc8") else 0.0
             assert torch.all(layer.bias == expected), name
+
+
+@pytest.mark.parametrize("recipe", [PAPER, SOURCE], ids=lambda recipe: recipe.name)
+def test_start_of_the_paper_and_of_its_program(recipe):
+    network = build(recipe, 1000, seed=0)
+    for name in LAYERS:
+        layer = getattr(network, name)
+        std = 0.03 if recipe is SOURCE and name in ("conv3", "conv4", "conv5") else 0.01
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert torch.all(layer.bias == float(name in ("conv2", "conv4", "conv5", "fc6", "fc7"))), name
+
+
+def test_order_and_norms_of_the_authors_program():
+    recipe = replace(TINY, lrn_before_relu=True, map_norm=SameMapNorm())
+    network = build(recipe, 10, seed=0).double().eval()
+    seen = {}
+    network.conv2.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], y=output))
+    network.conv3.register_forward_hook(lambda module, inputs, output: seen.update(z=inputs[0]))
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64) * 20
+    network(images)
+    lrn, pool = nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), nn.MaxPool2d(3, 2)
+
+    def by_tower(x):
+        return torch.cat([lrn(half) for half in x.chunk(2, 1)], 1)
+
+    conv1 = network.conv1(nn.functional.pad(images, (0, 3, 0, 3)))
+    torch.testing.assert_close(seen["x"], pool(by_tower(conv1)).relu(), rtol=1e-12, atol=0)
+    normed = by_tower(seen["y"].relu())
+    windows = nn.functional.unfold(normed, 5, padding=2).unflatten(1, (normed.shape[1], 25))
+    normed = normed / (1 + 1e-3 / 25 * (windows**2).sum(2).view_as(normed)) ** 0.75
+    torch.testing.assert_close(seen["z"], pool(normed), rtol=1e-12, atol=0)
 
 
 def test_he_start_and_seeds():

@@ -278,7 +278,7 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
 @pytest.mark.parametrize("processes, options, told", [
     (3, [], "PROCESSES=3: the network has two towers, so 1 or 2"),
     (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),
-    (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, paper, tiny"),
+    (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, paper, source, tiny"),
     (2, ["--device", "gpu"], "--device gpu: there is cpu, cuda, and cuda:0, cuda:1, ..."),
     (2, ["--nonsense", "1"], "No such option.* See `alexnet train --help`."),
 ])  # fmt: skip

@@ -21,8 +21,9 @@ def test_towers_equal_the_whole_in_double_precision(torchrun, transport, dropout
         assert max(record["loss"], record["gradient"], record["weight"]) < 1e-10, record
 
 
-def test_full_width_in_double_precision(torchrun):
-    for record in compare(torchrun, "notes", "0.5", "float64", 1000, 2, "rpc", "cpu"):
+@pytest.mark.parametrize("recipe", ["notes", "source"])
+def test_full_width_in_double_precision(torchrun, recipe):
+    for record in compare(torchrun, recipe, "0.5", "float64", 1000, 2, "rpc", "cpu"):
         assert record["parameters"] == [60_965_224, 30_482_612]
         assert max(record["loss"], record["gradient"], record["weight"]) < 1e-10, record
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from model.errors import RecipeError
-from model.optimizer import MomentumSGD
-from model.recipe import NOTES, PAPER, RECIPES, TINY, Recipe, meanings, recipe_named
-from model.schedule import OneCycle, Plateau, Progress
+from model.optimizer import MomentumSGD, optimizer_of, set_rates
+from model.recipe import NOTES, PAPER, RECIPES, SOURCE, TINY, Recipe, SameMapNorm, meanings, recipe_named
+from model.schedule import Moment, OneCycle, Plateau, Progress
+from model.tower import build
 
 
 def test_update_rule_over_a_change_of_rate():
@@ -51,7 +52,7 @@ def run_plateau(schedule, errors):
     for epoch, error in enumerate(errors):
         if schedule.ended(progress):
             return rates, epoch
-        rates.append(schedule.rate(0.01, epoch, 90, progress))
+        rates.append(schedule.rate(0.01, Moment(epoch, 90, epoch, progress)))
         progress = schedule.observe(progress, error)
     return rates, len(rates) if not schedule.ended(progress) else len(errors)
 
@@ -69,7 +70,7 @@ def test_plateau_waits_while_the_error_falls():
 
 def test_one_cycle():
     schedule = OneCycle(warmup=0.25)
-    rates = [schedule.rate(0.03, step, 100, Progress()) for step in range(100)]
+    rates = [schedule.rate(0.03, Moment(step, 100, 0, Progress())) for step in range(100)]
     assert rates[0] == pytest.approx(0.03 / 25)
     assert max(rates) == rates[24] == pytest.approx(0.03)
     assert rates[25] == pytest.approx(0.03)
@@ -82,7 +83,7 @@ def test_notes_recipe_is_the_notes():
     assert NOTES.kernels == (96, 256, 384, 384, 256) and NOTES.neurons == (4096, 4096)
     assert (NOTES.learning_rate, NOTES.momentum, NOTES.weight_decay, NOTES.batch) == (0.01, 0.9, 0.0005, 128)
     assert (NOTES.lrn_k, NOTES.lrn_n, NOTES.lrn_alpha, NOTES.lrn_beta) == (2.0, 5, 1e-4, 0.75)
-    assert (NOTES.dropout, NOTES.colour_std, NOTES.epochs, NOTES.weight_std) == (0.5, 0.1, 90, 0.01)
+    assert (NOTES.dropout, NOTES.colour_std, NOTES.epochs, NOTES.weight_std) == (0.5, 0.1, 90, (0.01,) * 8)
     assert NOTES.ones == ("conv2", "conv3", "conv5", "fc6", "fc7", "fc8")
     assert NOTES.schedule.factor == 10 and NOTES.schedule.drops == 3
 
@@ -90,6 +91,49 @@ def test_notes_recipe_is_the_notes():
 def test_the_paper_differs_from_the_notes_in_biases_only():
     assert PAPER.ones == ("conv2", "conv4", "conv5", "fc6", "fc7")
     assert replace(PAPER, name="notes", ones=NOTES.ones) == NOTES
+
+
+def test_source_is_configuration_145():
+    assert SOURCE.weight_std == (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01) and SOURCE.ones == PAPER.ones
+    assert (SOURCE.lrn_k, SOURCE.lrn_n, SOURCE.lrn_alpha * 5, SOURCE.lrn_beta) == (2.0, 5, 1e-4, 0.75)
+    norm = SOURCE.map_norm
+    assert SOURCE.lrn_before_relu and (norm.k, norm.n, norm.alpha * 25, norm.beta) == (1.0, 5, 1e-3, 0.75)
+    assert (SOURCE.colour_std, SOURCE.colour_by, SOURCE.colour_shrink, SOURCE.colour_epochs) == (
+        0.1, "deviation", 1.1, 68)
+    assert (SOURCE.crops_shared_by, SOURCE.mean_at) == (32, "centre")
+    assert (SOURCE.learning_rate, SOURCE.bias_rate, SOURCE.weight_decay, SOURCE.bias_decay) == (0.01, 0.02, 0.0005, 0)
+    assert (SOURCE.momentum, SOURCE.batch, SOURCE.dropout, SOURCE.epochs) == (0.9, 128, 0.5, 93)
+    assert (SOURCE.kernels, SOURCE.neurons, SOURCE.pixel_scale) == (NOTES.kernels, NOTES.neurons, 1.0)
+
+
+def rates_of(recipe, epoch) -> dict[str, float]:
+    network = build(replace(recipe, kernels=TINY.kernels, neurons=(2, 2)), 2, 0)
+    optimizer = optimizer_of(network, recipe)
+    shown = set_rates(optimizer, recipe, Moment(0, 1, epoch, Progress()))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in network.named_parameters()}
+    assert shown == found["fc8.weight"] and len(found) == 16
+    return found
+
+
+@pytest.mark.parametrize(("epoch", "weights", "conv1", "conv1_bias"), [
+    (0, 1e-2, 1e-2, 0.02), (22, 1e-2, 1e-2, 0.02), (23, 1e-3, 1e-3, 0.02), (50, 1e-3, 1e-3, 0.02),
+    (51, 1e-4, 1e-4, 0.02), (67, 1e-4, 1e-4, 0.02), (68, 1e-4, 1e-5, 0.02), (71, 1e-4, 1e-5, 0.02),
+    (72, 1e-4, 0.0, 0.0), (77, 1e-4, 0.0, 0.0), (78, 1e-5, 0.0, 0.0), (92, 1e-5, 0.0, 0.0),
+])
+def test_rates_of_the_authors_program(epoch, weights, conv1, conv1_bias):
+    for name, rate in rates_of(SOURCE, epoch).items():
+        expected = {"conv1.weight": conv1, "conv1.bias": conv1_bias}.get(
+            name, 0.02 if name.endswith("bias") else weights)
+        assert rate == pytest.approx(expected, rel=1e-12), name
+
+
+def test_all_parameters_of_the_paper_have_one_rate_and_one_decay():
+    assert set(rates_of(PAPER, 50).values()) == {0.01}
+    for recipe, decay in ((PAPER, {0.0005}), (SOURCE, {0.0005, 0.0})):
+        groups = optimizer_of(build(TINY, 2, 0), recipe).param_groups
+        assert {group["weight_decay"] for group in groups} == decay
+        assert all(group["weight_decay"] == 0.0005 for group in groups if not group["bias"])
 
 
 def test_every_field_is_explained():
@@ -111,6 +155,8 @@ def test_recipes_survive_json(recipe):
 @pytest.mark.parametrize("wrong", [
     {"kernels": (96, 256, 384, 384)}, {"kernels": (95, 256, 384, 384, 256)}, {"ones": ("conv9",)}, {"lrn_n": 4},
     {"dropout": 1.0}, {"momentum": -0.1}, {"batch": 0}, {"learning_rate": 0.0}, {"lrn_k": 0.0}, {"colour_std": -1.0},
+    {"weight_std": (0.01,)}, {"mean_at": "edge"}, {"colour_by": "sum"}, {"crops_shared_by": 0}, {"colour_shrink": 0.0},
+    {"bias_rate": -0.1}, {"colour_epochs": -1}, {"bias_decay": -1.0}, {"map_norm": SameMapNorm(n=4)},
 ])  # fmt: skip
 def test_recipes_are_checked(wrong):
     with pytest.raises(RecipeError):
@@ -118,7 +164,7 @@ def test_recipes_are_checked(wrong):
 
 
 def test_unknown_recipes_and_fields_are_told():
-    with pytest.raises(RecipeError, match="no recipe named 'big'; there are notes, paper, tiny"):
+    with pytest.raises(RecipeError, match="no recipe named 'big'; there are notes, paper, source, tiny"):
         recipe_named("big")
     with pytest.raises(RecipeError, match="not a recipe of this version"):
         Recipe.from_dict({**NOTES.to_dict(), "colour": 3})

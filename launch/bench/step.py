@@ -9,7 +9,7 @@ import torch
 from launch import facts
 from launch.bench.report import result, spread
 from launch.world import World
-from model.optimizer import MomentumSGD
+from model.optimizer import optimizer_of
 from model.recipe import Recipe
 from model.softmax import cross_entropy
 from model.tower import build
@@ -20,7 +20,7 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int) -> dict:
     world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "code": facts.code_hash()})
     world.connect()
     network = build(recipe, classes, 0, world.exchange).to(world.device).train()
-    optimizer = MomentumSGD(network.parameters(), recipe.learning_rate, recipe.momentum, recipe.weight_decay)
+    optimizer = optimizer_of(network, recipe)
     random = torch.Generator().manual_seed(0)
     pixels = torch.randn(recipe.batch, 3, 224, 224, generator=random).to(memory_format=torch.channels_last)
     pixels = pixels.to(world.device) * 64 * recipe.pixel_scale

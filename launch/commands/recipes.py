@@ -34,7 +34,8 @@ def recipes(as_json: bool) -> None:
 def _shown(value) -> str:
     if isinstance(value, dict):
         rest = ", ".join(f"{key} {_shown(one)}" for key, one in value.items() if key != "kind")
-        return f"{value['kind']}: {rest}"
+        return f"{value['kind']}: {rest}" if "kind" in value else rest
     if isinstance(value, list):
-        return " ".join(map(_shown, value)) or "none"
+        same = len(value) > 2 and len(set(value)) == 1
+        return f"{_shown(value[0])} each" if same else " ".join(map(_shown, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

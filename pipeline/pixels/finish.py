@@ -44,24 +44,24 @@ def _finish_row(row, mean, shift, scale, out):
 
 
 @_compiled
-def _finish(images, corners, anchors, flips, shifts, means, scale, out, first, last):
+def _finish(images, corners, flips, shifts, means, mean_anchors, mean_flips, scale, out, first, last):
     """Fill out[first:last] of float32 [K, crop, crop * 3] from images uint8 [N, side, side * 3].
 
-    A crop begins at its `corners` in the image and at its `anchors` in the mean; `means` [2, 256, 256 * 3] are the mean
-    image and its mirror image. A row of pixels is one axis here: loops over long rows become vector instructions.
+    A crop begins at its `corners` in the image and at its `mean_anchors` in the mean; `means` [2, 256, 256 * 3] are the
+    mean image and its mirror image. A row of pixels is one axis: loops over long rows become vector instructions.
     """
     rows, width = out.shape[1:]
     flipped, shift = np.empty(width, np.uint8), np.empty(width, np.float32)
     for k in range(first, last):
-        image, mean = images[k * len(images) // len(out)], means[1 if flips[k] else 0]
-        left, mean_left = 3 * corners[k, 1], 3 * anchors[k, 1]
-        if flips[k]:
+        image, mean = images[k * len(images) // len(out)], means[1 if mean_flips[k] else 0]
+        left, mean_left = 3 * corners[k, 1], 3 * mean_anchors[k, 1]
+        if mean_flips[k]:
             mean_left = mean.shape[1] - width - mean_left
         for x in range(width):
             shift[x] = shifts[k, x % 3]
         for y in range(rows):
             row = image[corners[k, 0] + y, left : left + width]
-            mean_row = mean[anchors[k, 0] + y, mean_left : mean_left + width]
+            mean_row = mean[mean_anchors[k, 0] + y, mean_left : mean_left + width]
             if flips[k]:
                 _flip(row, flipped)
                 _finish_row(flipped, mean_row, shift, scale, out[k, y])
@@ -94,8 +94,8 @@ class Finisher:
         pixels = self._memory_for(crops * crop * crop * 3).reshape(crops, crop, crop, 3)
         weakref.finalize(pixels, self._free.append, pixels.base).atexit = False
         arguments = (
-            images.reshape(*images.shape[:2], -1), corners, batch.anchors, batch.flips, batch.shifts, self._means,
-            self._scale, pixels.reshape(crops, crop, -1),
+            images.reshape(*images.shape[:2], -1), corners, batch.flips, batch.shifts, self._means,
+            batch.mean_anchors, batch.mean_flips, self._scale, pixels.reshape(crops, crop, -1),
         )
         bounds = [crops * i // self._threads for i in range(self._threads + 1)]
         for _ in self._pool.map(lambda first, last: _finish(*arguments, first, last), bounds, bounds[1:]):

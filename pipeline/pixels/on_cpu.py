@@ -10,7 +10,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.backend import TensorListCPU
 
-from pipeline.batches import Batch, Views
+from pipeline.batches import Batch
 from pipeline.manifest import IMAGE_SIZE
 from pipeline.pixels.dali import ANCHOR, DECODING, PREFETCHED_BATCHES, STORED, Source, fed
 from pipeline.pixels.finish import Finisher
@@ -41,7 +41,7 @@ class PixelsOnCpu:
     """The batches that `source` gives with their stored images, one by one."""
 
     def __init__(
-        self, source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Views | None,
+        self, source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Batch | None,
         batch_size: int, threads: int, device: torch.device,
     ):
         settings = {"batch_size": batch_size, "num_threads": threads, "device_id": None}

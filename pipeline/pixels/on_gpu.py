@@ -11,7 +11,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListGPU
 
-from pipeline.batches import Batch, Views
+from pipeline.batches import Batch
 from pipeline.manifest import IMAGE_SIZE
 from pipeline.pixels.dali import ANCHOR, DECODING, PREFETCHED_BATCHES, STORED, Source, fed
 
@@ -25,9 +25,9 @@ def _one_crop(source: Source, store: str, mean: np.ndarray, scale: float, crop: 
 
     def feed() -> list:
         stored, batch = source()
-        mirrored_x = 2 * IMAGE_SIZE - crop - batch.anchors[:, 1]
-        mean_x = np.where(batch.flips, mirrored_x, batch.anchors[:, 1])
-        mean_anchors = np.stack([batch.anchors[:, 0], mean_x], axis=1)
+        mirrored_x = 2 * IMAGE_SIZE - crop - batch.mean_anchors[:, 1]
+        mean_x = np.where(batch.mean_flips, mirrored_x, batch.mean_anchors[:, 1])
+        mean_anchors = np.stack([batch.mean_anchors[:, 0], mean_x], axis=1)
         return [stored, batch.anchors, batch.flips.astype(np.int32), batch.shifts, mean_anchors]
 
     flips, shifts, window = (types.INT32, 0, ""), (types.FLOAT, 1, ""), {"shape": [crop, crop], "axes": [0, 1]}
@@ -46,15 +46,16 @@ def _one_crop(source: Source, store: str, mean: np.ndarray, scale: float, crop: 
 
 
 @pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
-def _several_crops(source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Views):
-    """Float pixels [V, crop, crop, 3], the same V views of every image."""
+def _several_crops(source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Batch):
+    """Float pixels [V, crop, crop, 3], the same V views of every image, those of the one image of `views`."""
     (image,) = fed(lambda: [source()[0]], STORED[store])
     image = fn.decoders.image(image, **_DECODING) if store == "jpeg" else image.gpu()
     crops, mean_crops = [], []
     for (y, x), flip in zip(views.anchors.tolist(), views.flips.tolist()):
         cut = fn.slice(image, start=[y, x], shape=[crop, crop], axes=[0, 1])
-        mean_crop = mean[y : y + crop, x : x + crop] * np.float32(scale)
         crops.append(fn.flip(cut, horizontal=int(flip)))
+    for (y, x), flip in zip(views.mean_anchors.tolist(), views.mean_flips.tolist()):
+        mean_crop = mean[y : y + crop, x : x + crop] * np.float32(scale)
         mean_crops.append(mean_crop[:, ::-1] if flip else mean_crop)
     return fn.stack(*crops) * scale - types.Constant(np.stack(mean_crops), device="gpu")
 
@@ -63,7 +64,7 @@ class PixelsOnGpu:
     """The batches that `source` gives with their stored images, one by one, on `device`."""
 
     def __init__(
-        self, source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Views | None,
+        self, source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Batch | None,
         batch_size: int, threads: int, device: torch.device,
     ):
         pixels = {"source": source, "store": store, "mean": mean, "scale": scale, "crop": crop}

@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 
 from launch.world import join_world
-from model.optimizer import MomentumSGD
+from model.optimizer import optimizer_of, set_rates
 from model.recipe import recipe_named
+from model.schedule import Moment, Progress
 from model.softmax import cross_entropy
 from model.tower import build
 
-STEPS = 3
+EPOCHS = (0, 30, 70)  # of the steps: rates change between them
 
 
 def largest_difference(part: torch.Tensor, whole: torch.Tensor) -> float:
@@ -33,16 +34,16 @@ def main(recipe, dropout, dtype, classes, batch, transport, device):
         differences = {"loss": [], "gradient": [], "weight": []}
         whole = build(recipe, classes, 0).to(world.device, dtype)
         tower = build(recipe, classes, 0, world.exchange).to(world.device, dtype)
-        optimizers = [MomentumSGD(network.parameters(), 0.01) for network in (whole, tower)]
+        optimizers = [optimizer_of(network, recipe) for network in (whole, tower)]
         random = torch.Generator().manual_seed(5)
         parameters = sum(p.numel() for p in whole.parameters()), sum(p.numel() for p in tower.parameters())
-        for step in range(STEPS):
+        for step, epoch in enumerate(EPOCHS):
             images = (torch.randn(int(batch), 3, 224, 224, generator=random) * 64).to(world.device, dtype)
             images = images.to(memory_format=torch.channels_last) * recipe.pixel_scale
             labels = torch.randint(classes, (int(batch),), generator=random).to(world.device)
             for optimizer in optimizers:
                 optimizer.zero_grad()
-                optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+                set_rates(optimizer, recipe, Moment(step, len(EPOCHS), epoch, Progress(drops=step)))
             loss, right = cross_entropy(whole(images, step), labels)
             loss.backward()
             tower_loss, tower_right = cross_entropy(tower(images, step), labels, world.first_class(classes),
