@@ -1,5 +1,5 @@
-"""What packing is measured against. Both work on whole files of images, in processes that are ready before the clock
-starts; broken files are passed over."""
+"""What packing is measured against. Both work on JPEG files that `decodes` has found whole, in processes that are ready
+before the clock starts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from PIL import Image
 
 from pipeline.images import QUALITY, centre_square, encode
 from pipeline.manifest import IMAGE_SIZE
+
+
+def decodes(path: Path) -> bool:
+    try:
+        simplejpeg.decode_jpeg(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def bare_loop(files: Sequence[Path], processes: int) -> float:
@@ -37,21 +45,14 @@ def _rate(function: Callable[[Sequence[Path]], object], files: Sequence[Path], p
 
 def _bare(files: Sequence[Path]) -> None:
     for path in files:
-        try:
-            pixels = simplejpeg.decode_jpeg(path.read_bytes())
-        except ValueError:
-            continue
-        encode(centre_square(pixels))
+        encode(centre_square(simplejpeg.decode_jpeg(path.read_bytes())))
 
 
 def _usual(out: Path, filter_name: str, files: Sequence[Path]) -> None:
     resampling = Image.Resampling[filter_name]
     for path in files:
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except OSError:
-            continue
+        with Image.open(path) as image:
+            image = image.convert("RGB")
         scale = IMAGE_SIZE / min(image.size)
         width, height = (max(IMAGE_SIZE, round(side * scale)) for side in image.size)
         image = image.resize((width, height), resampling)

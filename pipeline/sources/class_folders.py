@@ -11,20 +11,29 @@ from pathlib import Path
 from pipeline.errors import DataError
 from pipeline.manifest import SPLITS, SynsetClass
 from pipeline.sources.archives import TAR_SUFFIXES, TOO_LARGE, Member, open_tar, shown
-from pipeline.sources.folders import checked_class_name, class_folders, files_in, first_few
+from pipeline.sources.folders import (
+    NO_CLASS,
+    checked_class_name,
+    class_folders,
+    files_in,
+    first_few,
+    is_image_name,
+    loose_images,
+)
 from pipeline.sources.source import Entry
 from pipeline.sources.words import LOC_SYNSET_MAPPING, SYNSET_WORDS, WORDS, read_words
 
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
+_NO_TEST_CLASSES = "the test images' classes: they are left out"
 _UNSORTED_VAL = "sort its images into folders named like those of train/, or remove it"
 
 
 class ClassFolders:
     """A folder with train/ and, it may be, val/ (or validation/) and test/.
 
-    Images come class by class, sorted by wnid, then by file name. Links are followed. A list of words beside train/ is
-    read, if there is one.
+    Images come class by class, sorted by wnid, then folder by folder, then by file name. Links to files and to class
+    folders are followed. A list of words beside train/ is read, if there is one.
     """
 
     layout = "class-folders"
@@ -51,7 +60,7 @@ class ClassFolders:
             elif split == "val":
                 raise DataError(f"{path / folder}: holds no class folders: {_UNSORTED_VAL}")
             elif split == "test":
-                self.missing = ("the test images' classes: they are left out",)
+                self.missing = (_NO_TEST_CLASSES,)
         if "train" not in self._wnids:
             raise DataError(f"{path}: holds no train/<class>/ folders with images: add them")
         self.splits = _splits(path, self._wnids)
@@ -63,8 +72,9 @@ class ClassFolders:
 
     def entries(self, split: str) -> Iterator[Entry]:
         label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids["train"])}
+        yield from loose_images(self.root, self._folders[split])
         for wnid in self._wnids[split]:
-            yield from files_in(self.root, f"{self._folders[split]}/{wnid}", label_of_wnid[wnid])
+            yield from files_in(self.root, f"{self._folders[split]}/{wnid}", label_of_wnid[wnid], below=True)
 
 
 class ClassFolderArchive:
@@ -85,18 +95,17 @@ class ClassFolderArchive:
         has a class that train has not."""
         self.path, self.root, self.archives = path, path.parent, (path,)
         wnids: dict[str, set[str]] = {}
-        tops, val_folders, unsorted, first = set(), set(), "", ""
+        unsorted: dict[str, str] = {}  # by split: a folder with images that are in no class folder
+        tops, val_folders, first = set(), set(), ""
         for member, place in self._members():
             first = first or member.name
-            if member.refused:
-                continue
-            if place is None:
-                folders = member.name.rpartition("/")[0]
-                if SPLIT_OF_FOLDER.get(folders.rpartition("/")[2]) == "val":
-                    unsorted = folders
+            if member.refused or place is None:
                 continue
             top, folder, wnid = place
             split = SPLIT_OF_FOLDER[folder]
+            if not wnid:
+                unsorted[split] = member.name.rpartition("/")[0]
+                continue
             found = wnids.setdefault(split, set())
             if wnid not in found:
                 found.add(checked_class_name(wnid, path))
@@ -112,10 +121,10 @@ class ClassFolderArchive:
         if "train" not in wnids:
             found = f"the first file found is {shown(first)}" if first else "no image found"
             raise DataError(f"{path}: holds no train/<class>/ folders with images ({found}): give an archive of them")
-        if unsorted and not val_folders:
-            raise DataError(f"{path}: {shown(unsorted)}/ holds no class folders: unpack it, and {_UNSORTED_VAL}")
+        if "val" in unsorted and not val_folders:
+            raise DataError(f"{path}: {shown(unsorted['val'])}/ holds no class folders: unpack it, and {_UNSORTED_VAL}")
         self.splits = _splits(path, wnids)
-        self.missing = ()
+        self.missing = (_NO_TEST_CLASSES,) if "test" in unsorted and "test" not in wnids else ()
         self.classes = [SynsetClass(wnid, "") for wnid in sorted(wnids["train"])]
 
     def entries(self, split: str) -> Iterator[Entry]:
@@ -124,24 +133,36 @@ class ClassFolderArchive:
             # What may not be read and belongs to no split is told of with the first one.
             if split != (SPLIT_OF_FOLDER[place[1]] if place else SPLITS[0]) or (place is None and not member.refused):
                 continue
+            if place and not place[2]:
+                yield Entry(self.path.name, member.name, -1, member.offset, member.size, member.refused or NO_CLASS)
+                continue
             label = label_of_wnid.get(place[2], -1) if place else -1
             if label < 0 and not member.refused:
                 raise DataError(f"{self.path}: holds {shown(member.name)}, which was not there before: run again")
             yield Entry(self.path.name, member.name, label, member.offset, member.size, member.refused)
 
     def _members(self) -> Iterator[tuple[Member, tuple[str, str, str] | None]]:
-        """Yield what the archive holds, but for hidden files, with its place: (top, "train", wnid) for
-        [top/]train/<wnid>/<file>, None for others."""
+        """Yield what the archive holds, but for hidden files and folders, with its place: (top, "train", wnid) for
+        [top/]train/<wnid>/[.../]<file>, (top, "train", "") for an image in train/ itself, None for others."""
         with open_tar(self.path) as tar:
             for member in tar.members():
-                parts = [part for part in member.name.split("/") if part not in ("", ".")]
-                *top, folder, wnid, file = ["", "", "", *parts]
-                if file.startswith("."):
+                folders = [part for part in member.name.split("/") if part not in ("", ".")]
+                if not folders or folders.pop().startswith("."):
                     continue
-                if folder in SPLIT_OF_FOLDER and not wnid.startswith("."):
-                    yield member, ("/".join(filter(None, top)), folder, wnid)
-                elif member.refused != TOO_LARGE:  # a large file elsewhere is no image
-                    yield member, None
+                place = _place(folders, member.name)
+                if place is not None or member.refused != TOO_LARGE:  # a large file elsewhere is no image
+                    yield member, place
+
+
+def _place(folders: list[str], file: str) -> tuple[str, str, str] | None:
+    """Return (top, split's folder, wnid) of a file in `folders`. The last two of them are taken, if they fit; then the
+    first that do, for what lies deeper in a class folder."""
+    for i in [len(folders) - 2, *range(len(folders) - 2)]:
+        if i >= 0 and folders[i] in SPLIT_OF_FOLDER and not any(name.startswith(".") for name in folders[i + 1 :]):
+            return "/".join(folders[:i]), folders[i], folders[i + 1]
+    if folders and folders[-1] in SPLIT_OF_FOLDER and is_image_name(file):
+        return "/".join(folders[:-1]), folders[-1], ""
+    return None
 
 
 def _splits(path: Path, wnids: Mapping[str, Collection[str]]) -> tuple[str, ...]:

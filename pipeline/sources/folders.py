@@ -12,6 +12,8 @@ from pipeline.errors import DataError
 from pipeline.sources.archives import LARGEST_BYTES, TOO_LARGE, shown
 from pipeline.sources.source import Entry
 
+NO_CLASS = "in no class folder"
+_IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -37,11 +39,13 @@ def checked_class_name(name: str, where: Path) -> str:
     return name
 
 
-def files_in(root: Path, folder: str, label: int) -> Iterator[Entry]:
-    """List what lies directly in `folder` (relative to `root`), sorted by name, without hidden files and folders.
+def files_in(root: Path, folder: str, label: int, below: bool = False) -> Iterator[Entry]:
+    """List what lies in `folder` (relative to `root`), sorted by name, without hidden files and folders: directly in
+    it, or with `below` at any depth, folder by folder; then a link to a folder is refused, for it may lead back.
 
     Raises DataError where it cannot be read.
     """
+    folders = []
     for entry in _visible(root / folder):
         member = f"{folder}/{entry.name}"
         status = _status(entry)
@@ -50,6 +54,23 @@ def files_in(root: Path, folder: str, label: int) -> Iterator[Entry]:
         elif stat.S_ISREG(status.st_mode):
             refused = TOO_LARGE if status.st_size > LARGEST_BYTES else ""
             yield Entry("", member, label, size=status.st_size, refused=refused)
+        elif below and entry.is_symlink():
+            yield Entry("", member, label, refused="a link to a folder")
+        elif below:
+            folders.append(member)
+    for member in folders:
+        yield from files_in(root, member, label, below)
+
+
+def loose_images(root: Path, folder: str) -> Iterator[Entry]:
+    """List, as refused, what lies in `folder` itself and is called like an image: nothing says its class."""
+    for entry in files_in(root, folder, -1):
+        if is_image_name(entry.member):
+            yield entry._replace(refused=NO_CLASS)
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(_IMAGE_SUFFIXES)
 
 
 def first_few(names: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ def images(names: list[str]) -> list[tuple[str, int, bytes]]:
 
 def test_folders(tmp_path):
     write(tmp_path)
-    write(tmp_path, "train/.hidden", "train/n01/.hidden", "train/n01/deeper/x.JPEG", "train/loose.JPEG",
+    write(tmp_path, "train/.hidden", "train/n01/.hidden", "train/n01/.deeper/x.JPEG", "train/notes.txt",
           "val/.hidden/x.JPEG", "other/n09/x.JPEG")
     (tmp_path / "synset_words.txt").write_text("n03 third, 3\nn01 first\n")
     source = open_source(tmp_path)
@@ -48,6 +48,25 @@ def test_folders(tmp_path):
         assert read(source, "train") == images(TRAIN)
         assert read(source, "val") == images(VAL)
     assert [entry.size for entry in source.entries("train")] == [len(name) for name in TRAIN]
+
+
+@pytest.mark.parametrize("pack", ["folder", "tar"])
+def test_images_at_any_depth_and_in_no_class_folder(tmp_path, pack):
+    """No image is left out without a word."""
+    deep = ["train/n01/a/1.JPEG", "train/n01/a/b/c/2", "train/n02/train/3.JPEG", "val/n01/deep/4.JPEG"]
+    loose = ["train/loose.JPEG", "val/other.png"]
+    path = write(tmp_path / "data", *TRAIN, *VAL, *deep, *loose, "train/notes.txt", "test/5.jpg", "test/notes.txt")
+    if pack == "tar":
+        path = tmp_path / "data.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "data", ".")
+    source = open_source(path)
+    assert source.splits == ("train", "val") and source.missing == ("the test images' classes: they are left out",)
+    found = {entry.member.removeprefix("./"): (entry.label, entry.refused)
+             for split in source.splits for entry in source.entries(split)}
+    labels = {"train/n01/a/1.JPEG": 0, "train/n01/a/b/c/2": 0, "train/n02/train/3.JPEG": 1, "val/n01/deep/4.JPEG": 0}
+    assert found == {name: (LABELS[name.split("/")[1]], "") for name in TRAIN + VAL} | {
+        name: (label, "") for name, label in labels.items()} | {name: (-1, "in no class folder") for name in loose}
 
 
 def test_test_images_with_classes_and_validation_by_its_long_name(tmp_path):
@@ -108,9 +127,10 @@ def test_what_is_no_plain_file_is_refused(tmp_path, monkeypatch):
     with open(folder / "largest", "wb") as file:
         file.truncate(LARGEST_BYTES)
     source = open_source(tmp_path)
+    why = {"large": TOO_LARGE, "to a folder": "a link to a folder"}
     assert refused(source, "train") == [
-        (f"train/n01/{name}", 0, TOO_LARGE if name == "large" else "not a plain file")
-        for name in sorted(["circle", "device", "large", "nowhere", "pipe", "through a file"])
+        (f"train/n01/{name}", 0, why.get(name, "not a plain file"))
+        for name in sorted(["circle", "device", "large", "nowhere", "pipe", "through a file", "to a folder"])
     ]
     monkeypatch.setattr(folders, "LARGEST_BYTES", 20)
     assert read(source, "train") == [*images(TRAIN[:1]), ("train/n01/y", 0, b"train/n01/x"), *images(TRAIN[1:])]
@@ -212,8 +232,8 @@ def test_only_train(tmp_path, pack):
 def test_archive_of_folders(tmp_path, top, suffix):
     others = [
         special(f"{top}train", tarfile.DIRTYPE), (f"{top}train/n02/._a.JPEG", b""), (f"{top}noise.csv", b"train"),
-        (f"{top}train/loose.JPEG", b""), special(f"{top}train/n02", tarfile.DIRTYPE), (f"{top}train/.n04/x", b""),
-        (f"{top}train/n02/deeper/x", b""), special(f"{top}train/n01/.link", tarfile.SYMTYPE, "x"),
+        (f"{top}train/notes.txt", b""), special(f"{top}train/n02", tarfile.DIRTYPE), (f"{top}train/.n04/x", b""),
+        (f"{top}train/n02/.deeper/x", b""), special(f"{top}train/n01/.link", tarfile.SYMTYPE, "x"),
     ]
     data = tar_of(*others, *((top + name, name.encode()) for name in (*reversed(TRAIN), *VAL)))
     path = tmp_path / f"data.{suffix}"
