@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import images
 from pipeline.manifest import SynsetClass
 from pipeline.packing import index as indexing
 from pipeline.packing.index import Index
@@ -70,6 +71,19 @@ def test_every_image_has_one_place(block_rows):
     assert sorted(train + val) == list(range(10000))
 
 
+def test_held_out_images_are_of_all_classes():
+    labels = np.array(order(planned(Listed()), "val")) // EACH
+    counts = np.bincount(labels, minlength=CLASSES)  # 50 each; the standard deviation is 6.5
+    assert counts.min() > 50 - 5 * 6.5 and counts.max() < 50 + 5 * 6.5
+
+
+def test_neighbours_in_a_block_are_parted():
+    """What lies side by side in a Parquet file is of one class as often as not."""
+    numbers = np.array(order(planned(Listed(block_rows=100), hold_out=0.001), "train")[:8192])
+    assert np.mean(np.abs(np.diff(numbers)) == 1) < 0.005
+    assert np.mean(np.diff(numbers // 100) == 0) < 0.05  # a window holds 41 blocks
+
+
 @pytest.mark.parametrize("block_rows, shift", [(0, 0.1), (25, 0.2)])
 def test_a_sequential_read_is_mixed(block_rows, shift):
     """In any stretch of the order every class has about its share."""
@@ -85,6 +99,28 @@ def test_the_seed_is_the_order():
     first = order(planned(Listed(), seed=3), "train")
     assert order(planned(Listed(), seed=3), "train") == first != order(planned(Listed(), seed=4), "train")
     assert planned(Listed(), seed=3).sha256 != planned(Listed(), seed=4).sha256
+
+
+class Other(Listed):
+    layout = "other"
+
+
+class Renamed(Listed):
+    classes = [SynsetClass(f"n{i:02d}", "words") for i in range(CLASSES)]
+
+
+@pytest.mark.parametrize("other", [
+    lambda: planned(Listed(size=2)), lambda: planned(Other()), lambda: planned(Renamed()),
+    lambda: planned(Listed(), seed=1), lambda: planned(Listed(), store="raw"), lambda: planned(Listed(), hold_out=0.2),
+], ids=["images", "layout", "classes", "seed", "store", "hold_out"])
+def test_plans_differ_in_all_that_shards_depend_on(other):
+    assert planned(Listed()).sha256 == planned(Listed()).sha256 != other().sha256
+
+
+def test_plans_differ_in_the_encoding_of_jpegs_only(monkeypatch):
+    jpeg, raw = planned(Listed()).sha256, planned(Listed(), store="raw").sha256
+    monkeypatch.setattr(images, "ENCODING", "jpeg, quality 1")
+    assert planned(Listed()).sha256 != jpeg and planned(Listed(), store="raw").sha256 == raw
 
 
 @pytest.mark.parametrize("block_rows", [0, 100])

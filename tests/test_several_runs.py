@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_a_run_that_has_only_to_finish(packed, source, unfinished, monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("damage", ["torn", "missing", "receipt torn", "receipt missing"])
+@pytest.mark.parametrize("damage", ["torn", "missing", "receipt torn", "receipt missing", "receipt miscounted"])
 def test_what_is_damaged_is_made_again_before_there_is_a_manifest(packed, source, unfinished, ranks, damage):
     shard = unfinished / "train-00001.arrow"  # of two processes the second one's
     if damage.startswith("receipt"):
@@ -99,6 +100,11 @@ def test_what_is_damaged_is_made_again_before_there_is_a_manifest(packed, source
     shard.unlink()
     if damage.endswith("torn"):
         shard.write_bytes(whole[:-5])
+    elif damage.endswith("miscounted"):
+        header, _, statistics = whole.partition(b"\n")
+        fields = json.loads(header)
+        fields["class_counts"][0][1] += 1
+        shard.write_bytes(json.dumps(fields).encode() + b"\n" + statistics)
     assert pack_with(ranks, source, unfinished) == []
     assert contents(unfinished) == contents(packed)
 

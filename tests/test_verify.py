@@ -11,6 +11,7 @@ from sources_on_the_spot import contents, pack, write_folders
 
 from pipeline.errors import DataError
 from pipeline.files import sha256_of
+from pipeline.images import encode
 from pipeline.manifest import ShardFile, load_manifest
 from pipeline.shards import ShardImages, write_shard
 from pipeline.storage import LocalStorage
@@ -66,6 +67,29 @@ def test_an_image_that_cannot_be_decoded_is_named(folder):
     with pytest.raises(DataError, match=f"train-00000.arrow: {name}: ") as caught:
         verify(folder, load_manifest(folder)[0], 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_picture_of_another_size_is_named(folder):
+    manifest, _ = load_manifest(folder)
+
+    def shrink(rows):
+        rows[2][0] = bytes(250 * 250 * 3) if manifest.store == "raw" else encode(np.zeros((250, 256, 3), np.uint8))
+
+    name = ShardImages(folder, manifest, "train").name(2)
+    replaced(folder, "train", shrink)
+    said = "187500 bytes and not 196608" if manifest.store == "raw" else "256 x 250 pixels"
+    with pytest.raises(DataError, match=f"train-00000.arrow: {name}: {said}"):
+        verify(folder, load_manifest(folder)[0], 1)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_that_is_no_class_is_found(folder, label):
+    def relabel(rows):
+        rows[0][1] = label
+
+    replaced(folder, "val", relabel)
+    with pytest.raises(DataError, match="val-00000.arrow: other images or labels"):
+        verify(folder, load_manifest(folder)[0], 1)
 
 
 def test_other_labels_are_found(folder):

@@ -56,7 +56,8 @@ def preprocess_speed(
                     rates.setdefault(name, []).append(rate)
     ours = rates.pop("ours")
     return result(
-        "preprocess", "images_per_s", ours, store=store, images=packed, left_out=len(files) - len(found), workers=workers,
+        "preprocess", "images_per_s", ours, store=store, images=packed, workers=workers,
+        left_out=len(files) - len(found),
         mean_bytes=round(statistics.mean(path.stat().st_size for path in found)),
         peers={name: spread(values) for name, values in rates.items()},
         **{f"vs_{name}": spread([a / b for a, b in zip(ours, values)]) for name, values in rates.items()},
