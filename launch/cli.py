@@ -63,6 +63,9 @@ for command in (data.sample, data.inspect, data.preprocess, data.verify, recipes
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         code = cli.main(prog_name="alexnet", standalone_mode=False) or 0
     except click.ClickException as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -56,6 +58,14 @@ def scratch_file() -> Iterator[BinaryIO]:
     except OSError as error:
         raise PreprocessError(f"{place}: cannot be written ({error.strerror}): free some space there, or name another "
                               "folder in TMPDIR; it goes on where it was") from None
+
+
+def read_plain(path: Path) -> bytes:
+    """Return what a file holds; OSError also where it is none, but a pipe, which would block."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        return file.read()
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.files import sha256_of
+from pipeline.files import read_plain, sha256_of
 from pipeline.storage import Storage
 
 FILE_NAME = "manifest.json"
@@ -85,7 +85,7 @@ def load_manifest(folder: Path) -> tuple[Manifest, str]:
     """
     path = Path(folder) / FILE_NAME
     try:
-        raw = path.read_bytes()
+        raw = read_plain(path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); not a finished folder of shards: "
@@ -99,7 +99,8 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     try:
         fields = json.loads(raw)
         if fields["format"] != FORMAT:
-            raise DataError(f"{path}: format {fields['format']!r}, this program reads {FORMAT}: preprocess again")
+            raise DataError(f"{path}: format {fields['format']!r}, this program reads {FORMAT}: preprocess into "
+                            "another folder")
         fields["classes"] = [SynsetClass(**c) for c in fields["classes"]]
         fields["splits"] = {
             name: Split(**{**split, "files": [_shard_file(f) for f in split["files"]]})
@@ -110,15 +111,15 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
         _check(manifest)
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{path}: damaged ({reason}); restore it or preprocess again") from None
+        raise DataError(f"{path}: damaged ({reason}); restore it, or preprocess into another folder") from None
     return manifest
 
 
 def _shard_file(fields: dict) -> ShardFile:
     file = ShardFile(**fields)
-    if not re.fullmatch(r"[\w.-]+", file.name) or not re.fullmatch("[0-9a-f]{64}", file.sha256):
+    if not re.fullmatch(r"\w[\w.-]*", file.name) or not re.fullmatch("[0-9a-f]{64}", file.sha256):
         raise ValueError(f"no file name and hash: {file.name!r}, {file.sha256!r}")
     if not _counts([file.images, file.bytes]):
         raise ValueError(f"{file.name}: no counts")
@@ -140,12 +141,19 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("other splits or another image size")
     if manifest.store not in STORES:
         raise ValueError(f"store {manifest.store!r}")
+    names = [file.name for file in manifest.files()]
+    if len(set(names)) < len(names):
+        raise ValueError("a file is listed twice")
+    if type(manifest.seed) is not int or not 0 <= manifest.held_out < 1 or not isinstance(manifest.layout, str):
+        raise ValueError("seed, held_out or layout")
     for name, split in manifest.splits.items():
         if not _counts([split.images, split.rejected, *split.class_counts]) or len(split.class_counts) != len(wnids):
             raise ValueError(f"class counts of {name}")
         if not split.images == sum(split.class_counts) == sum(file.images for file in split.files):
             raise ValueError(f"counts of {name} disagree")
-    covariance = np.array(manifest.rgb_covariance, np.float64)
+    mean, covariance = np.array(manifest.rgb_mean, np.float64), np.array(manifest.rgb_covariance, np.float64)
+    if mean.shape != (3,) or not (0 <= mean.min() <= mean.max() <= 255):
+        raise ValueError("no colour mean")
     if covariance.shape != (3, 3) or not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance)[0] < -1e-6:
         raise ValueError("no colour covariance")
 

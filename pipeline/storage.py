@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import DataError
-from pipeline.files import TEMPORARY, creating, scratch_file
+from pipeline.files import TEMPORARY, creating, read_plain, scratch_file
 
 COPY_BYTES = 8 << 20
 
@@ -66,7 +66,7 @@ class LocalStorage:
         return found
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        return read_plain(self.folder / name)
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import subprocess
 import sys
@@ -91,7 +91,7 @@ def test_a_run_that_has_only_to_finish(packed, source, unfinished, monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("damage", ["torn", "missing", "receipt torn", "receipt missing", "receipt miscounted"])
+@pytest.mark.parametrize("damage", ["torn", "missing", "changed", "receipt torn", "receipt missing", "receipt changed"])
 def test_what_is_damaged_is_made_again_before_there_is_a_manifest(packed, source, unfinished, ranks, damage):
     shard = unfinished / "train-00001.arrow"  # of two processes the second one's
     if damage.startswith("receipt"):
@@ -100,11 +100,8 @@ def test_what_is_damaged_is_made_again_before_there_is_a_manifest(packed, source
     shard.unlink()
     if damage.endswith("torn"):
         shard.write_bytes(whole[:-5])
-    elif damage.endswith("miscounted"):
-        header, _, statistics = whole.partition(b"\n")
-        fields = json.loads(header)
-        fields["class_counts"][0][1] += 1
-        shard.write_bytes(json.dumps(fields).encode() + b"\n" + statistics)
+    elif damage.endswith("changed"):
+        shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     assert pack_with(ranks, source, unfinished) == []
     assert contents(unfinished) == contents(packed)
 
@@ -137,7 +134,7 @@ def test_an_unfinished_folder_of_something_else_is_refused_and_left_alone(source
 def test_receipts_without_a_plan_are_refused(source, unfinished):
     (unfinished / "packing" / "plan.json").unlink()
     before = contents(unfinished)
-    with pytest.raises(DataError, match="holds packing/ without .*plan.json"):
+    with pytest.raises(DataError, match="nothing that says what it was made of"):
         pack(source, unfinished)
     assert contents(unfinished) == before
 
@@ -150,10 +147,51 @@ def test_strict_refuses_what_an_earlier_run_left_out(source, unfinished, ranks):
     assert not (unfinished / "manifest.json").exists()
 
 
-def test_leftovers_of_killed_processes_are_removed(packed, source, unfinished):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_leftovers_of_killed_processes_are_removed(packed, source, unfinished, ranks):
     (unfinished / "train-00001.arrow.0123abcd.tmp").write_bytes(b"half a shard")
-    pack(source, unfinished)
+    assert pack_with(ranks, source, unfinished) == []
     assert contents(unfinished) == contents(packed)
+
+
+@pytest.mark.parametrize("name", ["packing/thesis.txt", "packing/important/thesis.txt", "train-00000.arrow"])
+def test_what_is_not_ours_is_left_alone(source, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / "packing").mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    with pytest.raises(DataError, match="which is not ours|nothing that says what it was made of"):
+        pack(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == {name: b"mine"}
+
+
+def test_nobody_waits_for_what_has_vanished(source, tmp_path, monkeypatch):
+    await_all = preprocess.await_all
+
+    def vanished(storage, *rest):
+        (storage.folder / "packing" / "train-00001.arrow.receipt").unlink()
+        await_all(storage, *rest)
+
+    monkeypatch.setattr(preprocess, "await_all", vanished)
+    with pytest.raises(PreprocessError, match="train-00001.arrow or its receipt has vanished"):
+        pack(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+
+
+def test_a_pipe_in_place_of_a_file_does_not_block(source, unfinished):
+    for name in ("packing/plan.json", "manifest.json"):
+        (unfinished / name).unlink(missing_ok=True)
+        os.mkfifo(unfinished / name)
+        with pytest.raises((DataError, PreprocessError), match="not a plain file"):
+            pack(source, unfinished)
+        (unfinished / name).unlink()
+
+
+def test_an_out_that_is_a_circle_of_links(source, tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    for out in (tmp_path / "out", tmp_path / "out" / "x"):
+        with pytest.raises(DataError, match="choose another"):
+            pack(source, out)
 
 
 def test_a_process_that_comes_late_finds_all_done(packed, source, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from launch.commands.options import FOLDER, Number, cache_option
+from launch.commands.options import FOLDER, PLACE, Number, cache_option
 
 MOST_WORKERS = 32  # unless more are asked for: the one process that writes keeps about so many busy
 
@@ -75,7 +75,7 @@ def inspect(source: Path, check_md5: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("source", type=FOLDER)
-@click.argument("out")
+@click.argument("out", type=PLACE)
 @click.option("--store", default="jpeg", show_default=True, type=click.Choice(["jpeg", "raw"]),
               help="JPEG (about 22 kB an image), or raw pixels (197 kB): no decoding, for hosts with memory to spare.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the order of the images.")
@@ -129,7 +129,7 @@ def _check_md5(source, progress) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("shards")
+@click.argument("shards", type=PLACE)
 @click.option("--workers", type=click.IntRange(1, 1024), help="Processes that decode; default: one a core.")
 @cache_option
 def verify(shards: str, workers: int | None, cache: Path | None) -> None:

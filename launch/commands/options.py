@@ -7,7 +7,26 @@ from pathlib import Path
 
 import click
 
-FOLDER = click.Path(path_type=Path)
+
+class Place(click.ParamType):
+    """A path, or an address in an object store. An empty one, of an unset variable, would mean this folder."""
+
+    name = "place"
+
+    def convert(self, value, param, ctx) -> str:
+        if not value:
+            self.fail("an empty name.", param, ctx)
+        return value
+
+
+class Folder(Place):
+    name = "path"
+
+    def convert(self, value, param, ctx) -> Path:
+        return value if isinstance(value, Path) else Path(super().convert(value, param, ctx))
+
+
+PLACE, FOLDER = Place(), Folder()
 
 
 class Number(click.FloatRange):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from launch.commands.options import FOLDER, Number, cache_option, process_options
+from launch.commands.options import FOLDER, PLACE, Number, cache_option, process_options
 
 
 @click.command()
-@click.argument("shards")
+@click.argument("shards", type=PLACE)
 @click.argument("run", type=FOLDER)
 @click.option("--recipe", help="One of `alexnet recipes`; default notes.")
 @click.option("--seed", type=click.IntRange(0), help="Of weights, batches and dropout; default 0.")
@@ -52,7 +52,7 @@ def train(shards: str, run: Path, recipe: str | None, seed: int | None, epochs: 
 
 @click.command()
 @click.argument("run", type=FOLDER)
-@click.argument("shards")
+@click.argument("shards", type=PLACE)
 @click.option("--split", default="val", show_default=True, type=click.Choice(["train", "val", "test"]),
               help="Which images; ILSVRC-2010 has a test set with labels.")
 @click.option("--views", default="10", show_default=True, type=click.Choice(["1", "10"]),

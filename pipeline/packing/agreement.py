@@ -16,7 +16,7 @@ from pipeline.errors import DataError, PreprocessError
 from pipeline.files import locked
 from pipeline.manifest import FILE_NAME, Manifest, parse_manifest
 from pipeline.packing.plan import Plan
-from pipeline.packing.receipts import FOLDER, PLAN, RECEIPT, finished
+from pipeline.packing.receipts import FOLDER, PLAN, finished
 from pipeline.storage import LocalStorage, Storage
 
 POLL_S = 0.5
@@ -38,17 +38,13 @@ def agree_on_plan(storage: Storage, plan: Plan, share: Share) -> Manifest | None
     while True:
         if (manifest := manifest_of(storage, plan)) is not None:
             return manifest
-        receipts = storage.sizes(FOLDER)
-        if PLAN in receipts:
+        if PLAN in storage.sizes(FOLDER):
             try:
                 _compare_plans(storage, plan)
             except FileNotFoundError:  # another process has finished just now
                 continue
             return None
         if share.rank == 0:
-            if any(name.endswith(RECEIPT) for name in receipts):
-                raise DataError(f"{storage.location}: holds {FOLDER}/ without {PLAN}, so nothing says of what; choose "
-                                "another folder, or remove this one to start anew")
             with storage.create(PLAN) as file:
                 file.write((json.dumps(plan.facts, indent=1) + "\n").encode())
             return None
@@ -74,7 +70,8 @@ def _compare_plans(storage: Storage, plan: Plan) -> None:
         names = sorted(plan.facts.keys() | theirs.keys())
         differing = [name for name in names if theirs.get(name) != plan.facts.get(name)]
     except (ValueError, AttributeError, RecursionError):
-        differing = ["a damaged plan.json"]
+        raise DataError(f"{storage.location}: {PLAN} is damaged; choose another folder, or remove this one to start "
+                        "anew") from None
     if differing:
         raise DataError(f"{storage.location}: begun with other {', '.join(differing)}; choose another folder, or "
                         "remove this one to start anew")
@@ -98,15 +95,21 @@ def only_one(storage: Storage, share: Share) -> Iterator[None]:
         yield
 
 
-def await_all(storage: Storage, plan: Plan) -> None:
-    """Wait until every shard of every process is there, with its receipt."""
+def await_all(storage: Storage, plan: Plan, share: Share) -> None:
+    """Wait until every shard of every process is there, with its receipt. A process that is alone does not wait.
+
+    Others may be making damaged shards anew, which their old receipts do not tell: hence the hashes.
+    """
     waiting, news_at = list(plan.shards()), time.monotonic()
     while True:
-        there = {shard.name for shard, _ in finished(waiting, storage)}
+        there = {shard.name for shard, _ in finished(waiting, storage, hashes=share.size > 1)}
         if there:
             waiting, news_at = [shard for shard in waiting if shard.name not in there], time.monotonic()
         if not waiting:
             return
+        if share.size == 1:
+            raise PreprocessError(f"{storage.location}: {waiting[0].name} or its receipt has vanished meanwhile; run "
+                                  "again, it goes on where it was")
         if time.monotonic() - news_at > PATIENCE_S:
             raise PreprocessError(f"{storage.location}: {len(waiting)} shards of the other processes do not arrive; "
                                   "run again, it goes on where it was")

@@ -22,7 +22,11 @@ from pipeline.storage import Storage
 
 MEAN_NAME = "mean.npy"
 _NAMES = "|".join(map(re.escape, (MEAN_NAME, REJECTED_NAME, FILE_NAME)))
-OWN_FILES = re.compile(rf"(({'|'.join(SPLITS)})-\d{{5,}}\.arrow|{_NAMES})(\.[0-9a-f]{{8}}\.tmp)?|{FOLDER}/")
+_SHARD, _PARTIAL = rf"({'|'.join(SPLITS)})-\d{{5,}}\.arrow", r"(\.[0-9a-f]{8}\.tmp)?"
+OWN_FILES = re.compile(
+    rf"({_SHARD}|{_NAMES}){_PARTIAL}|{FOLDER}/"
+    rf"|{FOLDER}/(plan\.json|{_SHARD}\.receipt|unpacked-\d+-\d+\.tar|rank-\d+\.lock){_PARTIAL}"
+)
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ byte for byte.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.packing.making import make_shards
 from pipeline.packing.mending import check_mended, damaged_shards
 from pipeline.packing.outcome import OWN_FILES, finish
 from pipeline.packing.plan import Packing, Plan
-from pipeline.packing.receipts import FOLDER, finished
+from pipeline.packing.receipts import FOLDER, PLAN, finished
 from pipeline.packing.rejections import refuse_rejected, rejection
 from pipeline.progress import Progress
 from pipeline.sources import Source
@@ -83,7 +84,7 @@ def _pack(
             storage.remove_temporary(folder)
     mine = [shard for number, shard in enumerate(plan.shards()) if number % share.size == share.rank]
     there = set()
-    for shard, receipt in finished(mine, storage):
+    for shard, receipt in finished(mine, storage, hashes=True):
         if strict:
             refuse_rejected(receipt.rejected)
         there.add(shard.name)
@@ -95,7 +96,7 @@ def _pack(
         make_shards(source, unpacked, storage, plan, mine, there, workers, strict, progress)
     if share.rank > 0:
         return None
-    await_all(storage, plan)
+    await_all(storage, plan, share)
     return finish(source, storage, plan, strict)
 
 
@@ -104,7 +105,11 @@ def _mend(
     strict: bool, progress: Progress,
 ) -> None:
     if strict:
-        refuse_rejected(json.loads(line) for line in storage.read(REJECTED_NAME).splitlines())
+        try:
+            lines = [json.loads(line) for line in storage.read(REJECTED_NAME).splitlines()]
+        except ValueError:
+            raise DataError(f"{storage.location}: {REJECTED_NAME} is damaged: restore it") from None
+        refuse_rejected(lines)
     damaged = damaged_shards(storage, plan, manifest, progress)
     if damaged:
         unpacked = _unpack(source, storage, indices, Share())
@@ -129,19 +134,31 @@ def _one_line_errors(storage: Storage) -> Iterator[None]:
 def _check_location(source: Source, storage: Storage) -> None:
     """Raise DataError where `storage` is no place for shards."""
     if isinstance(storage, LocalStorage):
-        out, given = storage.folder.resolve(), source.path.resolve()
-        if given in (out, *out.parents):
-            raise DataError(f"{storage.location}: lies in the source; choose a folder outside of {source.path}")
-        for place in (storage.folder, *storage.folder.parents):
-            if place.exists() and not place.is_dir():
-                raise DataError(f"{storage.location}: {place} is not a folder; choose another one")
-    found = storage.sizes()
+        try:
+            _check_folder(source, storage)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+            reason = getattr(error, "strerror", None) or "links in a circle"
+            raise DataError(f"{storage.location}: cannot be used ({reason}); choose another folder") from None
+    found = storage.sizes() | storage.sizes(FOLDER)
     foreign = sorted(name for name in found if not OWN_FILES.fullmatch(name))
     if foreign:
         raise DataError(f"{storage.location}: holds {foreign[0]}, which is not ours; choose a new or empty folder")
-    if found and f"{FOLDER}/" not in found and FILE_NAME not in found:
+    if found.keys() - {f"{FOLDER}/"} and PLAN not in found and FILE_NAME not in found:
         raise DataError(f"{storage.location}: holds {min(found)} and nothing that says what it was made of; "
                         "choose a new or empty folder")
+
+
+def _check_folder(source: Source, storage: LocalStorage) -> None:
+    out, given = storage.folder.resolve(), source.path.resolve()
+    if given in (out, *out.parents):
+        raise DataError(f"{storage.location}: lies in the source; choose a folder outside of {source.path}")
+    for place in (storage.folder, *storage.folder.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise DataError(f"{storage.location}: {place} is not a folder; choose another one")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise DataError(f"{storage.location}: cannot be written; choose another folder, or change its rights")
+            return
 
 
 def _unpack(source: Source, storage: Storage, indices: dict[str, Index], share: Share) -> dict[str, Path]:

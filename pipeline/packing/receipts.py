@@ -3,14 +3,16 @@ the last of them. They lie in a folder of their own beside the shards until the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+from pipeline.files import sha256_of
 from pipeline.manifest import ShardFile
 from pipeline.packing.plan import Shard
 from pipeline.statistics import PixelStatistics
-from pipeline.storage import Storage
+from pipeline.storage import LocalStorage, Storage
 
 FOLDER = "packing"
 PLAN = f"{FOLDER}/plan.json"
@@ -28,7 +30,8 @@ class Receipt:
         header = {"file": self.file and asdict(self.file), "class_counts": list(self.class_counts.items()),
                   "rejected": self.rejected}
         with storage.create(receipt_name(shard)) as file:
-            file.write(json.dumps(header).encode() + b"\n" + self.statistics.to_bytes())
+            body = json.dumps(header).encode() + b"\n" + self.statistics.to_bytes()
+            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def receipt_name(shard: Shard) -> str:
@@ -36,23 +39,20 @@ def receipt_name(shard: Shard) -> str:
 
 
 def load_receipt(storage: Storage, shard: Shard) -> Receipt:
-    """Raises ValueError where it is damaged."""
-    header, _, statistics = storage.read(receipt_name(shard)).partition(b"\n")
-    try:
-        fields = json.loads(header)
-        file = fields["file"] and ShardFile(**fields["file"])
-        counts = {int(label): int(count) for label, count in fields["class_counts"]}
-        receipt = Receipt(file, counts, list(fields["rejected"]), PixelStatistics.from_bytes(statistics))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    images = file.images if file else 0
-    if images + len(receipt.rejected) != len(shard.rows) or sum(counts.values()) != images:
-        raise ValueError("its counts do not add up")
-    return receipt
+    """Raises ValueError where it is not as it was written."""
+    digest, _, body = storage.read(receipt_name(shard)).partition(b"\n")
+    if digest != hashlib.sha256(body).hexdigest().encode():
+        raise ValueError("not as it was written")
+    header, _, statistics = body.partition(b"\n")
+    fields = json.loads(header)
+    file = fields["file"] and ShardFile(**fields["file"])
+    counts = {int(label): int(count) for label, count in fields["class_counts"]}
+    return Receipt(file, counts, fields["rejected"], PixelStatistics.from_bytes(statistics))
 
 
-def finished(shards: Iterable[Shard], storage: Storage) -> Iterator[tuple[Shard, Receipt]]:
-    """Yield those shards that need not be made again: the receipt is there, and the file too, whole."""
+def finished(shards: Iterable[Shard], storage: Storage, hashes: bool = False) -> Iterator[tuple[Shard, Receipt]]:
+    """Yield those shards that need not be made again: the receipt is there, and the file too, whole by its size, with
+    `hashes` in a local folder by its SHA-256."""
     sizes = storage.sizes() | storage.sizes(FOLDER)
     for shard in shards:
         if receipt_name(shard) in sizes:
@@ -60,5 +60,8 @@ def finished(shards: Iterable[Shard], storage: Storage) -> Iterator[tuple[Shard,
                 receipt = load_receipt(storage, shard)
             except (ValueError, FileNotFoundError):  # damaged, so that the shard is made anew; gone, as all is done
                 continue
-            if receipt.file is None or sizes.get(receipt.file.name) == receipt.file.bytes:
+            if receipt.file is None or sizes.get(shard.name) == receipt.file.bytes and not (
+                hashes and isinstance(storage, LocalStorage)
+                and sha256_of(storage.folder / shard.name) != receipt.file.sha256
+            ):
                 yield shard, receipt

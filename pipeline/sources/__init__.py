@@ -23,6 +23,9 @@ LAYOUTS = (Ilsvrc2012, Ilsvrc2010, KaggleClsLoc, TinyImageNet, HuggingFaceParque
            ClassFolderArchive)
 
 
+OTHER_COMPRESSIONS = (".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.zst", ".tar.lz4", ".7z", ".rar")
+
+
 def open_source(path: Path) -> Source:
     """Recognise the layout of `path`, a folder or an archive, by what lies there.
 
@@ -36,6 +39,8 @@ def open_source(path: Path) -> Source:
             raise DataError(f"{path}: does not exist")
         elif path.suffix.lower() == ".zip":
             raise DataError(f"{path}: a zip archive; unzip it first, and give the folder")
+        elif path.name.endswith(OTHER_COMPRESSIONS):
+            raise DataError(f"{path}: compressed otherwise than with gzip; unpack it first")
         for layout in LAYOUTS:
             if layout.matches(path):
                 return layout(path)

@@ -23,7 +23,7 @@ COMPRESSED_SUFFIXES = (".gz", ".tgz")
 LARGEST_BYTES = 256 << 20  # of one image; larger ones are refused, so that they cannot cost memory
 TOO_LARGE = "larger than 256 MiB"
 
-_BLOCK = 512
+_BLOCK, _REST_BYTES = 512, 1 << 20
 _LONGEST_NAME_BYTES = 1 << 20
 _LARGEST_SIZE = 1 << 60  # beyond it, offsets would overflow
 _REGULAR, _LINKS, _WITHOUT_DATA = b"0\0" b"7", b"12", b"123456"
@@ -78,6 +78,7 @@ class Tar:
             if not any(header):
                 if for_next:
                     raise ValueError("ends after an extended header")
+                self._check_rest(offset, end)
                 return
             _check_sum(header)
             kind, size = header[156:157], _number(header[124:136])
@@ -109,6 +110,19 @@ class Tar:
                 yield Member(os.fsdecode(name), offset, size, refused)
             if kind not in _WITHOUT_DATA:
                 offset += _padded(size)
+
+    def _check_rest(self, offset: int, end: float) -> None:
+        """Raise DataError where members follow the end mark, as in tars that were joined."""
+        self._file.seek(offset)
+        while offset < end and (block := self._file.read(int(min(_REST_BYTES, end - offset)))):
+            for first in range(0, len(block) - _BLOCK + 1, _BLOCK) if any(block) else ():
+                header = block[first : first + _BLOCK]
+                if any(header):
+                    if _is_header(header):
+                        raise DataError(f"{self.path}: more files follow its end mark: unpack it with `tar -xif`, and "
+                                        "give the folder")
+                    return  # something else: tar ignores it too
+            offset += len(block)
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
@@ -153,6 +167,14 @@ def _check_sum(header: bytes) -> None:
     # Some old programs took bytes for signed.
     if stated != total and stated != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
         raise ValueError("a header with a bad checksum")
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        _check_sum(block)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(field: bytes) -> int:
