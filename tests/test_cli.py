@@ -188,6 +188,20 @@ def test_a_reader_that_has_seen_enough():
         assert done.stderr.read() == b"" and done.wait(60) == 1
 
 
+def test_an_empty_name_is_not_this_folder(tmp_path):
+    for arguments in (["inspect", ""], ["preprocess", "", tmp_path], ["preprocess", tmp_path, ""], ["verify", ""]):
+        done = alexnet(*arguments)
+        assert done.exit_code == 2 and "an empty name" in done.stderr
+
+
+def test_closed_streams(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"x")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m launch.cli inspect {tmp_path} 2>&-"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "1 images of 1 classes" in done.stdout and "Traceback" not in done.stdout
+
+
 def test_recipes_side_by_side():
     lines = alexnet("recipes").stdout.splitlines()
     assert lines[0].split() == ["notes", "paper", "source", "tiny"]

@@ -174,6 +174,16 @@ def test_no_manifest_says_how_to_make_one(tmp_path):
     lambda fields: fields["mean"].update(name="../mean.npy"),
     lambda fields: fields["splits"]["train"]["files"][0].update(name="/etc/passwd"),
     lambda fields: fields["classes"].append("n00000003"),
+    lambda fields: fields["classes"].reverse(),
+    lambda fields: fields["splits"]["train"].update(rejected=-1),
+    lambda fields: fields["splits"]["train"]["class_counts"].__setitem__(0, 0),
+    lambda fields: fields["splits"]["train"]["files"][1].update(name=fields["splits"]["train"]["files"][0]["name"]),
+    lambda fields: fields["splits"]["train"]["files"][0].update(name=".."),
+    lambda fields: fields.update(rgb_mean=[1.0, float("nan"), 2.0]),
+    lambda fields: fields.update(rgb_covariance=[[10**400, 0, 0], [0, 1, 0], [0, 0, 1]]),
+    lambda fields: fields.update(held_out=float("nan")),
+    lambda fields: fields.update(seed="x"),
+    lambda fields: fields.update(layout=5),
 ])
 def test_damaged_manifest_is_refused(folder, change):
     fields = dataclasses.asdict(load_manifest(folder)[0])

@@ -273,8 +273,8 @@ def test_spoiled_archives_end_in_members_or_in_one_line(tmp_path):
                 found = members(path)
             except DataError as error:
                 told = str(error).removeprefix(f"{path}: ")
-                    assert told.startswith(("truncated or damaged (", "more files follow its end mark")), told
-                    assert "\n" not in told
+                assert told.startswith(("truncated or damaged (", "more files follow its end mark")), told
+                assert "\n" not in told
             else:
                 assert all(m.offset + m.size <= len(data) for m in found)
 
