@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -217,6 +218,17 @@ def test_two_runs_at_once(source, unfinished):
         other.stdin.close()
     pack(source, unfinished)
     assert (unfinished / "manifest.json").exists()
+
+
+def test_a_file_system_without_locks(packed, source, unfinished, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("pipeline.files.fcntl.flock", no_locks)
+    pack(source, unfinished)
+    assert contents(unfinished) == contents(packed)
+    assert [record.message for record in caplog.records] == [
+        f"{unfinished}: no locks on this file system; see that no other run packs there"]
 
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "changed"])

@@ -6,7 +6,9 @@ been written, which says that all is done.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,8 @@ from pipeline.storage import LocalStorage, Storage
 
 POLL_S = 0.5
 PATIENCE_S = 3600.0  # without news of the other processes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ def only_one(storage: Storage, share: Share) -> Iterator[None]:
                                 "folder") from None
             except FileNotFoundError:
                 pass  # the others have finished and tidied up: there is nothing left to do
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                log.warning("%s: no locks on this file system; see that no other run packs there", storage.location)
         yield
 
 
