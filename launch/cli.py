@@ -6,6 +6,7 @@ that fails one line and exit code 1.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -66,6 +67,9 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(logging.Formatter("alexnet: %(message)s"))
+    logging.getLogger("pipeline").addHandler(warnings)
     try:
         code = cli.main(prog_name="alexnet", standalone_mode=False) or 0
     except click.ClickException as error:

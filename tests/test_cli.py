@@ -194,6 +194,16 @@ def test_an_empty_name_is_not_this_folder(tmp_path):
         assert done.exit_code == 2 and "an empty name" in done.stderr
 
 
+def test_warnings_say_whose_they_are(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 300), "red").save(tmp_path / "data" / name)
+    command = [sys.executable, "-m", "launch.cli", "preprocess", tmp_path / "data", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == "alexnet: 1 of 2 classes have no usable val image: b"
+
+
 def test_closed_streams(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"x")
