@@ -198,10 +198,14 @@ def test_warnings_say_whose_they_are(tmp_path):
     for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (300, 300), "red").save(tmp_path / "data" / name)
-    command = [sys.executable, "-m", "launch.cli", "preprocess", tmp_path / "data", tmp_path / "out"]
+    command = [sys.executable, "-m", "launch.cli", "preprocess", tmp_path / "data", tmp_path / "out",
+               "--check-md5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stderr.splitlines()[-1] == "alexnet: 1 of 2 classes have no usable val image: b"
+    assert done.stderr.splitlines()[-2:] == [
+        f"alexnet: {tmp_path / 'data'}: no MD5 was compared, for none is published of what lies there",
+        "alexnet: 1 of 2 classes have no usable val image: b",
+    ]
 
 
 def test_closed_streams(tmp_path):
