@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sources_on_the_spot import contents, pack, picture, write_folders
@@ -69,20 +72,23 @@ def stop(*_) -> None:
 def pack_with(ranks: int, source: Path, out: Path, **settings) -> list[Exception]:
     """Pack with several processes, which are threads here; return what they raised."""
     raised = []
-
-    def rank(number: int) -> None:
-        try:
-            pack(source, out, share=Share(number, ranks), **settings)
-        except Exception as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(ranks)]
+    threads = [rank_of(number, ranks, source, out, raised, **settings) for number in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
     return raised
+
+
+def rank_of(number: int, ranks: int, source: Path, out: Path, raised: list[Exception], **settings) -> threading.Thread:
+    def rank() -> None:
+        try:
+            pack(source, out, share=Share(number, ranks), **settings)
+        except Exception as error:
+            raised.append(error)
+
+    return threading.Thread(target=rank)
 
 
 def test_a_run_that_has_only_to_finish(packed, source, unfinished, monkeypatch):
@@ -153,6 +159,30 @@ def test_leftovers_of_killed_processes_are_removed(packed, source, unfinished, r
     (unfinished / "train-00001.arrow.0123abcd.tmp").write_bytes(b"half a shard")
     assert pack_with(ranks, source, unfinished) == []
     assert contents(unfinished) == contents(packed)
+
+
+def test_a_run_killed_while_it_wrote_its_plan_is_no_obstacle(packed, source, tmp_path):
+    (tmp_path / "out" / "packing").mkdir(parents=True)
+    (tmp_path / "out" / "packing" / "plan.json.0123abcd.tmp").write_bytes(b"half a plan")
+    pack(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_a_process_may_come_while_the_first_one_writes_the_plan(packed, source, tmp_path, monkeypatch):
+    """It sees the folder with what is half written, of which it cannot tell yet what it belongs to."""
+    raised = []
+    other = rank_of(1, 2, source, tmp_path / "out", raised)
+
+    def slow_dump(facts, **settings):
+        assert [path.suffix for path in (tmp_path / "out" / "packing").iterdir()] == [".tmp"]
+        other.start()
+        time.sleep(0.3)
+        return json.dumps(facts, **settings)
+
+    monkeypatch.setattr(agreement, "json", SimpleNamespace(dumps=slow_dump, loads=json.loads))
+    pack(source, tmp_path / "out", share=Share(0, 2))
+    other.join(60)
+    assert raised == [] and contents(tmp_path / "out") == contents(packed)
 
 
 @pytest.mark.parametrize("name", ["packing/thesis.txt", "packing/important/thesis.txt", "train-00000.arrow"])

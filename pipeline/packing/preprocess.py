@@ -53,7 +53,7 @@ def preprocess(
     """
     progress = progress or (lambda done, expected, what: None)
     with _one_line_errors(storage):
-        _check_location(source, storage)
+        _check_location(source, storage, share)
         indices = {split: Index(source, split, lambda n, split=split: progress(n, None, f"listing {split}"))
                    for split in source.splits}
         plan = Plan(source, indices, packing)
@@ -131,7 +131,7 @@ def _one_line_errors(storage: Storage) -> Iterator[None]:
                               "where it was") from None
 
 
-def _check_location(source: Source, storage: Storage) -> None:
+def _check_location(source: Source, storage: Storage, share: Share) -> None:
     """Raise DataError where `storage` is no place for shards."""
     if isinstance(storage, LocalStorage):
         try:
@@ -139,12 +139,15 @@ def _check_location(source: Source, storage: Storage) -> None:
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
             reason = getattr(error, "strerror", None) or "links in a circle"
             raise DataError(f"{storage.location}: cannot be used ({reason}); choose another folder") from None
-    found = storage.sizes() | storage.sizes(FOLDER)
+    found = storage.sizes(FOLDER) | storage.sizes()
     foreign = sorted(name for name in found if not OWN_FILES.fullmatch(name))
     if foreign:
         raise DataError(f"{storage.location}: holds {foreign[0]}, which is not ours; choose a new or empty folder")
-    if found.keys() - {f"{FOLDER}/"} and PLAN not in found and FILE_NAME not in found:
-        raise DataError(f"{storage.location}: holds {min(found)} and nothing that says what it was made of; "
+    if share.rank > 0 or PLAN in found or FILE_NAME in found:
+        return  # the first process writes the plan before any other one begins, perhaps at this moment
+    results = sorted(name for name in found if not name.endswith(("/", ".tmp")))
+    if results:
+        raise DataError(f"{storage.location}: holds {results[0]} and nothing that says what it was made of; "
                         "choose a new or empty folder")
 
 
