@@ -34,6 +34,12 @@ def local_size() -> int:
     return from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, by whatever."""
+    set_parent_death_signal = 1  # of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def die_with_torchrun() -> None:
     """Under torchrun, have the kernel kill this process when torchrun is killed, which then cannot end it itself.
 
@@ -41,6 +47,5 @@ def die_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    set_parent_death_signal = 1  # of prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -69,7 +69,7 @@ def evaluate_run(
     mean = folder.mean(run)
     world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "split": split, "views": views,
                  "batch": batch, "code": facts.code_hash()})
-    world.connect()
+    world.connect(run.recipe.towers)
     network = load_network(newest, run, world)
     batches = EvaluationLoader(images, mean, "ten" if views == 10 else "centre", batch, world.device,
                                run.recipe.pixel_scale, world.threads, run.recipe.mean_at)

@@ -45,7 +45,7 @@ def predict(
     finisher = Finisher(folder.mean(run), run.recipe.pixel_scale, CROP, world.threads)
     world.agree({"run": run.to_dict(), "checkpoint": checkpoint.name, "pictures": list(map(str, pictures)),
                  "views": views, "code": facts.code_hash()})
-    world.connect()
+    world.connect(run.recipe.towers)
     network = load_network(checkpoint, run, world).eval()
     for batch in _fitted(pictures, broken):
         files, images = zip(*batch)

@@ -71,7 +71,7 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
     world.agree({"recipe": run.recipe.to_dict(), "seed": run.seed, "data": data, "code": facts.code_hash(),
                  "torch": torch.__version__, "transport": world.transport, "stop_after": options.stop_after,
                  "start": newest.name if newest else None})
-    world.connect()
+    world.connect(run.recipe.towers)
     if world.leads and not options.resume:
         folder.create(run, (shards / manifest.mean.name).read_bytes())
     try:
@@ -108,7 +108,7 @@ class Trainer:
         recipe = self.recipe
         lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), recipe.colour_std, recipe.colour_by)
         self.batches = TrainingBatches(len(self.training), recipe.batch, run.seed, lighting, recipe.colour_epochs,
-                                       recipe.crops_shared_by, recipe.mean_at)
+                                       recipe.crops_and_flips, recipe.crops_shared_by, recipe.mean_at)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
         self.progress = Progress()

@@ -79,10 +79,13 @@ class World:
         except RuntimeError as error:
             raise PeerError(f"the other tower died, or did not speak within {limit} ({reason(error)})") from None
 
-    def connect(self) -> None:
-        """Set up the exchange. PeerError if the other tower does not join in time."""
+    def connect(self, towers: int = 2) -> None:
+        """Set up the exchange. PeerError if the other tower does not join in time, UserError where there is none."""
         if self.size == 1:
             return
+        if towers == 1:
+            raise UserError("a network of one tower runs in one process: start it without torchrun, or with "
+                            "--nproc-per-node=1 (launch/train.sh: PROCESSES=1)")
         limit = timedelta(seconds=self.timeout_s)
         try:
             dist.init_process_group("gloo", store=dist.PrefixStore("control", self.store),

@@ -6,6 +6,7 @@ Shapes: N images, then channels x height x width. Kernels of `notes`; the two to
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,31 @@ from torch import Tensor, nn
 
 from model.layers import Dropout, LocalResponseNorm, MapNorm
 from model.random import generator
-from model.recipe import LAYERS, Recipe
+from model.recipe import CONVOLUTIONS, LAYERS, Recipe
+
+
+class Convolution(NamedTuple):
+    """One convolution of the whole network."""
+
+    name: str
+    maps: int  # that it could read
+    kernels: int
+    size: int  # places, both ways, as the two below
+    stride: int
+    padding: int
+    reads: str  # "image", "own" tower, or "both"
+
+
+def convolutions(recipe: Recipe) -> list[Convolution]:
+    """Return those that the recipe does not leave out, in order (figure 2)."""
+    found, maps = [], 3
+    geometry = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
+    for name, kernels, (size, stride, padding) in zip(CONVOLUTIONS, recipe.kernels, geometry):
+        if name not in recipe.left_out:
+            reads = "image" if name == "conv1" else "both" if name in recipe.joined else "own"
+            found.append(Convolution(name, maps, kernels, size, stride, padding, reads))
+            maps = kernels
+    return found
 
 
 class AlexNet(nn.Module):
@@ -25,42 +50,45 @@ class AlexNet(nn.Module):
 
     def __init__(self, recipe: Recipe, classes: int, seed: int = 0):
         super().__init__()
-        k1, k2, k3, k4, k5 = recipe.kernels
+        for conv in convolutions(recipe):
+            groups = recipe.towers if conv.reads == "own" else 1
+            self.add_module(conv.name, nn.Conv2d(conv.maps, conv.kernels, conv.size, conv.stride, conv.padding,
+                                                 groups=groups))
         f6, f7 = recipe.neurons
-        self.conv1 = nn.Conv2d(3, k1, 11, stride=4)
-        self.conv2 = nn.Conv2d(k1, k2, 5, padding=2, groups=2)
-        self.conv3 = nn.Conv2d(k2, k3, 3, padding=1)
-        self.conv4 = nn.Conv2d(k3, k4, 3, padding=1, groups=2)
-        self.conv5 = nn.Conv2d(k4, k5, 3, padding=1, groups=2)
-        self.fc6 = nn.Linear(k5 * 6 * 6, f6)
+        self.fc6 = nn.Linear(convolutions(recipe)[-1].kernels * 6 * 6, f6)
         self.fc7 = nn.Linear(f6, f7)
         self.fc8 = nn.Linear(f7, classes)
         self._add_unlearned_layers(recipe, seed, tower=None)
 
     def _add_unlearned_layers(self, recipe: Recipe, seed: int, tower: int | None) -> None:
-        self.lrn = LocalResponseNorm(recipe.lrn_k, recipe.lrn_n, recipe.lrn_alpha, recipe.lrn_beta,
-                                     towers=2 if tower is None else 1)
+        towers = recipe.towers if tower is None else 1  # within this module
+        self.lrn = (LocalResponseNorm(recipe.lrn_k, recipe.lrn_n, recipe.lrn_alpha, recipe.lrn_beta, towers)
+                    if recipe.lrn_n else nn.Identity())
         self.lrn_before_relu = recipe.lrn_before_relu
         self.map_norm = MapNorm(*astuple(recipe.map_norm)) if recipe.map_norm else nn.Identity()
+        self.activate = {"relu": F.relu, "tanh": torch.tanh}[recipe.activation]
+        self.pool = nn.MaxPool2d(recipe.pool_size, 2)  # overlapping where 3 (section 3.4)
+        self.upper = [name for name in CONVOLUTIONS[2:] if name not in recipe.left_out]
         self.drop6 = Dropout(recipe.dropout, recipe.neurons[0], seed, "fc6", tower)
         self.drop7 = Dropout(recipe.dropout, recipe.neurons[1], seed, "fc7", tower)
 
     def forward(self, images: Tensor, step: int = 0) -> Tensor:
+        return self.fc8(self.hidden(images, step))  # classes; reads both
+
+    def hidden(self, images: Tensor, step: int = 0) -> Tensor:
+        """Return what fc8 reads, [N, F]: the last hidden layer's outputs, of this module's neurons."""
         x = F.pad(images, (0, 3, 0, 3))  # 3 x 227 x 227: the paper's 224 -> 55 is a rounding up
         x = self.conv1(x)  # 96 x 55 x 55
-        x = F.relu(pool(self.lrn(x))) if self.lrn_before_relu else pool(self.lrn(F.relu(x)))  # 96 x 27 x 27
-        x = pool(self.map_norm(self.lrn(F.relu(self.conv2(x)))))  # 256 x 27 x 27 -> 256 x 13 x 13
-        x = F.relu(self.conv3(x))  # 384 x 13 x 13; reads both towers
-        x = F.relu(self.conv4(x))  # 384 x 13 x 13
-        x = pool(F.relu(self.conv5(x)))  # 256 x 13 x 13 -> 256 x 6 x 6
-        x = self.drop6(F.relu(self.fc6(x.flatten(1))), step)  # 4096; reads both
-        x = self.drop7(F.relu(self.fc7(x)), step)  # 4096; reads both
-        return self.fc8(x)  # classes; reads both
-
-
-def pool(x: Tensor) -> Tensor:
-    """Overlapping max pooling (section 3.4): windows of 3, 2 apart."""
-    return F.max_pool2d(x, 3, 2)
+        if self.lrn_before_relu:
+            x = self.activate(self.pool(self.lrn(x)))  # 96 x 27 x 27
+        else:
+            x = self.pool(self.lrn(self.activate(x)))
+        x = self.pool(self.map_norm(self.lrn(self.activate(self.conv2(x)))))  # 256 x 27 x 27 -> 256 x 13 x 13
+        for name in self.upper:  # 384 x 13 x 13, where conv3 reads both towers; again; 256 x 13 x 13
+            x = self.activate(self.get_submodule(name)(x))
+        x = self.pool(x).flatten(1)  # 256 x 6 x 6
+        x = self.drop6(self.activate(self.fc6(x)), step)  # 4096; reads both
+        return self.drop7(self.activate(self.fc7(x)), step)  # 4096; reads both
 
 
 def initialise(network: nn.Module, whole_shapes: dict, recipe: Recipe, seed: int, tower: int | None = None) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from model.errors import RecipeError
 from model.schedule import ByHand, OneCycle, Plateau
 
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+LAYERS = (*CONVOLUTIONS, "fc6", "fc7", "fc8")
 
 
 def _of(default, meaning: str):
@@ -34,11 +35,16 @@ class Recipe:
     name: str = "notes"
     kernels: tuple[int, ...] = _of((96, 256, 384, 384, 256), "of conv1 to conv5, both towers together")
     neurons: tuple[int, ...] = _of((4096, 4096), "of fc6 and fc7, both towers together")
+    towers: int = _of(2, "each with half of the kernels and neurons; 1: a network that is not cut")
+    joined: tuple[str, ...] = _of(("conv3",), "convolutions that read the maps of both towers, not those of their own")
+    left_out: tuple[str, ...] = _of((), "layers that are not there, of conv3, conv4 and conv5")
+    activation: str = _of("relu", "of every layer but fc8: relu, or tanh")
+    pool_size: int = _of(3, "places, windows 2 apart (section 3.4); 2: windows do not overlap")
     weight_std: tuple[float, ...] = _of((0.01,) * 8, "of Gaussian weights around 0, conv1 to fc8; none: "
                                         "sqrt(2 / fan-in), He et al. 2015, eq. 10")
     ones: tuple[str, ...] = _of(("conv2", "conv3", "conv5", "fc6", "fc7", "fc8"), "where biases start at 1, not 0")
     lrn_k: float = _of(2.0, "section 3.3: a / (k + alpha * sum over n maps of a^2)^beta")
-    lrn_n: int = _of(5, "maps, the own one in the middle")
+    lrn_n: int = _of(5, "maps, the own one in the middle; 0: no normalisation")
     lrn_alpha: float = _of(1e-4, "not divided by n")
     lrn_beta: float = _of(0.75, "the exponent")
     lrn_before_relu: bool = _of(False, "layer 1: LRN, pool, ReLU in place of ReLU, LRN, pool")
@@ -46,6 +52,7 @@ class Recipe:
     dropout: float = _of(0.5, "chance to drop an output of fc6, fc7; at test outputs are times 1 - dropout")
     pixel_scale: float = _of(1.0, "the network sees (pixel 0-255 - mean + colour shift) * pixel_scale")
     mean_at: str = _of("crop", "where in the mean image the crop's mean lies: at the crop's place, or in the centre")
+    crops_and_flips: bool = _of(True, "section 4.1's first form of augmentation; False: the centre, never mirrored")
     crops_shared_by: int = _of(1, "images next to each other in a batch that share crop and flip")
     colour_std: float = _of(0.1, "of alpha in section 4.1's p_i alpha_i lambda_i")
     colour_by: str = _of("variance", "lambda: variance of pixels in 0-1, times 255; or deviation, of pixels in 0-255")
@@ -66,8 +73,12 @@ class Recipe:
             raise RecipeError(f"recipe {self.name}: wants 5 numbers of kernels and 2 of neurons, each even")
         if unknown := set(self.ones) - set(LAYERS):
             raise RecipeError(f"recipe {self.name}: no layer named {', '.join(sorted(unknown))}")
-        if self.lrn_n < 1 or self.lrn_n % 2 == 0:
-            raise RecipeError(f"recipe {self.name}: lrn_n must be odd, not {self.lrn_n}")
+        if self.towers not in (1, 2) or self.activation not in ("relu", "tanh") or self.pool_size not in (2, 3):
+            raise RecipeError(f"recipe {self.name}: towers is 1 or 2, activation relu or tanh, pool_size 2 or 3")
+        if set(self.joined) - set(CONVOLUTIONS[1:]) or set(self.left_out) - set(CONVOLUTIONS[2:]):
+            raise RecipeError(f"recipe {self.name}: joined names some of conv2 to conv5, left_out of conv3 to conv5")
+        if self.lrn_n != 0 and (self.lrn_n < 1 or self.lrn_n % 2 == 0):
+            raise RecipeError(f"recipe {self.name}: lrn_n must be odd, or 0 for no normalisation, not {self.lrn_n}")
         if not 0 <= self.dropout < 1 or not 0 <= self.momentum < 1:
             raise RecipeError(f"recipe {self.name}: dropout and momentum lie in [0, 1)")
         if self.batch < 1 or self.epochs < 1 or self.learning_rate <= 0 or self.pixel_scale <= 0:

@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.exchange import Exchange
-from model.network import AlexNet, initialise
+from model.network import AlexNet, convolutions, initialise
 from model.recipe import Recipe
 
 
 class JoinedConv2d(nn.Conv2d):
     """A convolution that reads both towers: x [N, C, H, W] of the own one, weight [K, 2 C, h, w]."""
 
-    def __init__(self, channels: int, kernels: int, size: int, padding: int, exchange: Exchange, name: str):
-        super().__init__(channels, kernels, size, padding=padding)
+    def __init__(self, maps: int, kernels: int, size: int, stride: int, padding: int, exchange: Exchange, name: str):
+        super().__init__(maps, kernels, size, stride, padding)
         self.exchange, self.name = exchange, name
 
     def forward(self, x: Tensor) -> Tensor:
         own, peer = _columns(self.weight, self.exchange.tower)
         x, pending = self.exchange.start(x, self.name)
-        y = F.conv2d(x, own, self.bias, padding=self.padding)
-        return y + F.conv2d(self.exchange.finish(pending), peer, padding=self.padding)
+        y = F.conv2d(x, own, self.bias, self.stride, self.padding)
+        return y + F.conv2d(self.exchange.finish(pending), peer, None, self.stride, self.padding)
 
 
 class JoinedLinear(nn.Linear):
@@ -59,16 +59,15 @@ class Tower(AlexNet):
     def __init__(self, recipe: Recipe, classes: int, exchange: Exchange, seed: int = 0):
         nn.Module.__init__(self)
         tower = exchange.tower
-        k1, k2, k3, k4, k5 = (n // 2 for n in recipe.kernels)
-        f6, f7 = (n // 2 for n in recipe.neurons)
-        self.conv1 = nn.Conv2d(3, k1, 11, stride=4)
-        self.conv2 = nn.Conv2d(k1, k2, 5, padding=2)
-        self.conv3 = JoinedConv2d(2 * k2, k3, 3, 1, exchange, "conv3")
-        self.conv4 = nn.Conv2d(k3, k4, 3, padding=1)
-        self.conv5 = nn.Conv2d(k4, k5, 3, padding=1)
-        self.fc6 = JoinedLinear(2 * k5 * 6 * 6, f6, exchange, "fc6")
-        self.fc7 = JoinedLinear(2 * f6, f7, exchange, "fc7")
-        self.fc8 = JoinedLinear(2 * f7, (classes + 1 - tower) // 2, exchange, "fc8")
+        for conv in convolutions(recipe):
+            maps = conv.maps // 2 if conv.reads == "own" else conv.maps
+            shape = maps, conv.kernels // 2, conv.size, conv.stride, conv.padding
+            self.add_module(conv.name, JoinedConv2d(*shape, exchange, conv.name) if conv.reads == "both"
+                            else nn.Conv2d(*shape))
+        f6, f7 = recipe.neurons
+        self.fc6 = JoinedLinear(convolutions(recipe)[-1].kernels * 6 * 6, f6 // 2, exchange, "fc6")
+        self.fc7 = JoinedLinear(f6, f7 // 2, exchange, "fc7")
+        self.fc8 = JoinedLinear(f7, (classes + 1 - tower) // 2, exchange, "fc8")
         self._add_unlearned_layers(recipe, seed, tower)
 
 

@@ -106,8 +106,9 @@ class TrainingBatches:
     """The batches of a training run over `images` images; the last partial batch of an epoch is dropped.
 
     Each epoch is a permutation of all images. Crops are uniform over all offsets, flips have p = 0.5, both drawn once
-    for `crops_shared_by` images next to each other; lighting (none: no shift) is drawn for every image, in the first
-    `lighting_epochs` epochs (none: in all). `mean_at` as in `placed`.
+    for `crops_shared_by` images next to each other; without `crops_and_flips` each image is seen at its centre. Lighting
+    (none: no shift) is drawn for every image, in the first `lighting_epochs` epochs (none: in all). `mean_at` as in
+    `placed`.
 
     Raises DataError where there are fewer images than one batch needs.
     """
@@ -119,6 +120,7 @@ class TrainingBatches:
         seed: int,
         lighting: Lighting | None,
         lighting_epochs: int | None = None,
+        crops_and_flips: bool = True,
         crops_shared_by: int = 1,
         mean_at: str = "crop",
         crop: int = CROP,
@@ -131,7 +133,8 @@ class TrainingBatches:
                             "choose a smaller batch or more images")
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.lighting, self.lighting_epochs = lighting, lighting_epochs
-        self.crops_shared_by, self.mean_at, self.crop, self.image_size = crops_shared_by, mean_at, crop, image_size
+        self.crops_and_flips, self.crops_shared_by, self.mean_at = crops_and_flips, crops_shared_by, mean_at
+        self.crop, self.image_size = crop, image_size
         self.steps_per_epoch = images // batch_size
         self._order_of: tuple[int, np.ndarray] | None = None  # only to save time: the last epoch asked for
 
@@ -149,6 +152,8 @@ class TrainingBatches:
             shifts = self.lighting.shifts(n, generator)
         else:
             shifts = np.zeros((n, 3), np.float32)
+        if not self.crops_and_flips:
+            anchors[:], flips[:] = (self.image_size - self.crop) // 2, False
         if draws < n:
             anchors, flips = (drawn.repeat(self.crops_shared_by, axis=0)[:n] for drawn in (anchors, flips))
         return placed(self._order(epoch)[step * n : (step + 1) * n], anchors, flips, shifts, self.mean_at)

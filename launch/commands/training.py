@@ -14,6 +14,7 @@ from launch.commands.options import FOLDER, PLACE, Number, cache_option, process
 @click.argument("shards", type=PLACE)
 @click.argument("run", type=FOLDER)
 @click.option("--recipe", help="One of `alexnet recipes`; default notes.")
+@click.option("--ablation", help="One change to the recipe: one of those of `alexnet ablate`.")
 @click.option("--seed", type=click.IntRange(0), help="Of weights, batches and dropout; default 0.")
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--steps", type=click.IntRange(1), help="Stop after so many steps in all, with a checkpoint.")
@@ -24,8 +25,9 @@ from launch.commands.options import FOLDER, PLACE, Number, cache_option, process
 @click.option("--check/--no-check", default=True, help="Hash all shards before the start.")
 @cache_option
 @process_options
-def train(shards: str, run: Path, recipe: str | None, seed: int | None, epochs: int | None, steps: int | None,
-          resume: bool, checkpoint_minutes: float, keep: int, check: bool, cache: Path | None, **process) -> None:
+def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed: int | None, epochs: int | None,
+          steps: int | None, resume: bool, checkpoint_minutes: float, keep: int, check: bool, cache: Path | None,
+          **process) -> None:
     """Train on SHARDS, a folder or a place in an object store; log and checkpoints go to RUN.
 
     Alone, one process trains the whole network. Under `torchrun --nproc-per-node=2` each process trains one
@@ -35,11 +37,14 @@ def train(shards: str, run: Path, recipe: str | None, seed: int | None, epochs: 
     from launch.run_folder import RunFolder
     from launch.train import Options, train
     from launch.world import join_world
+    from model.ablations import ablated
     from model.recipe import recipe_named
 
-    if recipe is None and not resume:
+    if recipe is None and (ablation or not resume):
         recipe = "notes"
     chosen = None if recipe is None else recipe_named(recipe)
+    if ablation is not None:
+        chosen = ablated(chosen, ablation)
     options = Options(resume, steps, checkpoint_minutes, keep, check)
     with join_world(**process) as world:
         folder = RunFolder(run)

@@ -1,0 +1,1 @@
+"""The matrix of ablations: runs -> their errors -> table and picture."""

@@ -1,0 +1,110 @@
+"""Train and evaluate every run of the matrix, each under a torchrun of its own, and go on where a run was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.ablation.table import BASE, Outcome, write_table
+from launch.errors import RunFailed, UserError
+from model.ablations import ABLATIONS, ablated
+from model.recipe import recipe_named
+from pipeline.files import locked, write_durably
+from pipeline.manifest import load_manifest
+
+# Killed with this process: there is never a second one at work in the same folder.
+_TORCHRUN = "from launch import environment, torchrun; environment.die_with_parent(); torchrun.main()"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What all runs have in common."""
+
+    recipe: str
+    epochs: int  # equally for all
+    data: str  # SHA-256 of the manifest of the shards
+
+    def write_or_compare(self, path: Path) -> None:
+        """UserError where `path` is of another matrix."""
+        mine = {"recipe": self.recipe, "epochs": self.epochs, "data": self.data}
+        try:
+            theirs = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            write_durably(path, (json.dumps(mine, indent=1) + "\n").encode())
+            return
+        except ValueError:
+            raise UserError(f"{path}: damaged; restore it, or choose another folder") from None
+        if theirs != mine:
+            raise UserError(f"{path.parent}: begun with {_facts(theirs)}, not {_facts(mine)}; choose another folder")
+
+
+def _facts(facts: dict) -> str:
+    return f"recipe {facts.get('recipe')}, {facts.get('epochs')} epochs, shards {str(facts.get('data'))[:12]}"
+
+
+def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: Sequence[str], seeds: int,
+               processes: int, options: Sequence[str]) -> Path:
+    """Run `recipe` itself and its ablations `only` (none: all), each with `seeds` seeds; return the table's path.
+
+    A run has `processes` processes, or one where it has one tower, and `options` of `alexnet train` that say how. The
+    table and the picture are there after the first run and complete after the last. Raises UserError for unknown names
+    or another matrix's folder, DataError for unfit shards, RunFailed where a run fails.
+    """
+    base = recipe_named(recipe)
+    names = [BASE, *(name for name in ABLATIONS if not only or name in only)]
+    for name in only:
+        ablated(base, name)  # RecipeError where there is none of that name
+    _, data = load_manifest(shards)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; choose another one")
+    if out.is_dir() and any(out.iterdir()) and not (out / "matrix.json").is_file():
+        raise UserError(f"{out}: holds files already, and no matrix of ablations; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    Matrix(recipe, epochs or base.epochs, data).write_or_compare(out / "matrix.json")
+    try:
+        with locked(out / "lock", wait=False):
+            jobs = [(name, seed) for seed in range(seeds) for name in names]
+            for number, (name, seed) in enumerate(jobs, 1):
+                folder = out / "runs" / f"{name}-seed{seed}"
+                if not (folder / "errors.json").is_file():
+                    print(f"run {number} of {len(jobs)}: {folder}", file=sys.stderr, flush=True)
+                    alone = name != BASE and ablated(base, name).towers == 1
+                    _run(folder, shards, recipe, name, seed, epochs, 1 if alone else processes, options)
+                    write_table(out)
+            return write_table(out)
+    except BlockingIOError:
+        raise UserError(f"{out}: its matrix is being run already; wait for it, or choose another folder") from None
+
+
+def _run(folder: Path, shards: Path, recipe: str, name: str, seed: int, epochs: int | None, processes: int,
+         options: Sequence[str]) -> None:
+    if (folder / "run.json").is_file():
+        how = ["--resume"]
+    else:
+        how = ["--recipe", recipe, *(["--ablation", name] if name != BASE else []), "--seed", str(seed),
+               *(["--epochs", str(epochs)] if epochs else [])]
+    _alexnet(processes, "train", shards, folder, *how, "--keep", "1", *options)
+    errors = {}
+    for views in ("10", "1"):
+        found = json.loads(_alexnet(processes, "evaluate", folder, shards, "--views", views, "--json", *options))
+        errors[views] = [found["top1_error"], found["top5_error"]]
+    outcome = Outcome(name, seed, errors["10"], errors["1"], found["images"])
+    write_durably(folder / "errors.json", (json.dumps(outcome.to_dict()) + "\n").encode())
+
+
+def _alexnet(processes: int, command: str, *arguments: str | Path) -> str:
+    """Run a command of ours under torchrun; return what it prints. RunFailed where it fails."""
+    line = [sys.executable, "-c", _TORCHRUN, "--standalone", "--nproc-per-node", str(processes),
+            "-m", "launch.cli", command, *map(str, arguments)]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        raise RunFailed(f"{arguments[0]}: {command} ended with exit code {done.returncode}, as told above; mend that "
+                        "and run again, it goes on where it was")
+    return done.stdout

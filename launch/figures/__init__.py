@@ -1,0 +1,1 @@
+"""Pictures of a run, as the paper's figures have them."""
