@@ -15,7 +15,7 @@ import traceback
 import click
 
 from launch import __version__
-from launch.commands import ablations, benchmarks, data, recipes, training
+from launch.commands import ablations, benchmarks, data, pictures, recipes, training
 
 # Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -59,7 +59,7 @@ def cli() -> None:
 
 
 for command in (data.sample, data.inspect, data.preprocess, data.verify, recipes.recipes, training.train,
-                training.evaluate, training.predict, ablations.ablate, benchmarks.bench):
+                training.evaluate, pictures.predict, pictures.similar, ablations.ablate, benchmarks.bench):
     cli.add_command(command)
 
 

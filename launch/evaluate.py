@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch import checkpoint, facts
-from launch.errors import UserError
-from launch.run_folder import RunFolder, load_network
+from launch.trained import open_trained
 from launch.world import World
 from model.network import AlexNet
 from model.softmax import probabilities, rank_of_label
-from pipeline.loader import EvaluationLoader
 from pipeline.manifest import check_files, load_manifest
 from pipeline.shards import ShardImages
 
@@ -58,19 +54,6 @@ def evaluate_run(
     images = ShardImages(shards, manifest, split)
     if world.leads:
         check_files(shards, manifest.splits[split].files)
-    folder = RunFolder(run_path)
-    run = folder.read()
-    newest = folder.last_checkpoint(run)
-    if [c.wnid for c in manifest.classes] != run.wnids:
-        raise UserError(f"{shards}: its {len(manifest.classes)} classes are not the {len(run.wnids)} that {run_path} "
-                        "was trained on; evaluate on shards of the same classes")
-    if data != run.data and world.leads:
-        print(f"note: {shards} are not the shards that {run_path} was trained on", file=sys.stderr)
-    mean = folder.mean(run)
-    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "data": data, "split": split, "views": views,
-                 "batch": batch, "code": facts.code_hash()})
-    world.connect(run.recipe.towers)
-    network = load_network(newest, run, world)
-    batches = EvaluationLoader(images, mean, "ten" if views == 10 else "centre", batch, world.device,
-                               run.recipe.pixel_scale, world.threads, run.recipe.mean_at)
-    return error_rates(network, batches, len(run.wnids), world), checkpoint.read_state(newest)["step"]
+    trained = open_trained(world, run_path, {"split": split, "views": views, "batch": batch}, (shards, manifest, data))
+    found = error_rates(trained.network, trained.batches(images, views, batch), len(trained.run.wnids), world)
+    return found, trained.step

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from launch import facts
-from launch.run_folder import RunFolder, load_network
+from launch.trained import Trained, open_trained
 from launch.world import World
-from model.softmax import of_all_classes, probabilities
-from pipeline.batches import CENTRE, CROP, TEN_VIEWS
+from model.softmax import joined, probabilities
+from pipeline.batches import views_of
 from pipeline.images import BrokenImage, fit
 from pipeline.pixels.finish import Finisher
 
@@ -38,25 +38,28 @@ def predict(
     why. Raises UserError where the run cannot be used.
     """
     world.await_leader()
-    folder = RunFolder(run_path)
-    run = folder.read()
-    checkpoint = folder.last_checkpoint(run)
-    seen = TEN_VIEWS if views == 10 else CENTRE
-    finisher = Finisher(folder.mean(run), run.recipe.pixel_scale, CROP, world.threads)
-    world.agree({"run": run.to_dict(), "checkpoint": checkpoint.name, "pictures": list(map(str, pictures)),
-                 "views": views, "code": facts.code_hash()})
-    world.connect(run.recipe.towers)
-    network = load_network(checkpoint, run, world).eval()
-    for batch in _fitted(pictures, broken):
-        files, images = zip(*batch)
-        views_of_them = seen.of(np.arange(len(images)), run.recipe.mean_at)
-        pixels = finisher.finish(np.stack(images), views_of_them).permute(0, 3, 1, 2).to(world.device)
+    trained = open_trained(world, run_path, {"pictures": list(map(str, pictures)), "views": views})
+    run = trained.run
+    for files, pixels in seen(trained, pictures, views, broken):
         with torch.no_grad():
-            scores = probabilities(network(pixels), world.exchange).unflatten(0, (len(images), -1)).mean(1)
-            scores = of_all_classes(scores, len(run.wnids), world.exchange)
+            scores = probabilities(trained.network(pixels), world.exchange).unflatten(0, (len(files), -1)).mean(1)
+            scores = joined(scores, len(run.wnids), world.exchange)
         best, labels = scores.sort(dim=1, descending=True, stable=True)
         for file, chances, classes in zip(files, best[:, :guesses].tolist(), labels[:, :guesses].tolist()):
             yield file, [Guess(run.wnids[c], run.words[c], chance) for c, chance in zip(classes, chances)]
+
+
+def seen(
+    trained: Trained, pictures: Sequence[Path], views: int, broken: Callable[[Path, str], object]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Yield a few files at a time and what the network sees of them: float32 [N * views, 3, crop, crop]."""
+    recipe = trained.run.recipe
+    finisher = Finisher(trained.mean, recipe.pixel_scale, recipe.crop, trained.world.threads)
+    for batch in _fitted(pictures, broken):
+        files, images = zip(*batch)
+        crops = views_of(views, recipe.crop).of(np.arange(len(images)), recipe.mean_at)
+        pixels = finisher.finish(np.stack(images), crops).permute(0, 3, 1, 2)
+        yield list(files), pixels.to(trained.world.device)
 
 
 def _fitted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,8 @@ import numpy as np
 
 from launch import checkpoint
 from launch.errors import UserError
-from launch.world import World
-from model.errors import reason
-from model.network import AlexNet
+from model.errors import RecipeError, reason
 from model.recipe import Recipe
-from model.tower import build, whole_shapes
 from pipeline.files import sha256_of, write_durably
 
 
@@ -85,6 +83,8 @@ class RunFolder:
             return None
         newest = found[-1]
         state = checkpoint.read_state(newest)
+        with suppress(KeyError, RecipeError):  # of an earlier version it lacks fields, which then have their defaults
+            state["recipe"] = Recipe.from_dict(state["recipe"]).to_dict()
         differing = [key for key, value in run.to_dict().items() if state.get(key) != value]
         if differing:
             raise UserError(f"{newest}: a checkpoint of another run ({', '.join(differing)} differ from "
@@ -104,11 +104,3 @@ class RunFolder:
         if not path.is_file() or sha256_of(path) != run.mean:
             raise UserError(f"{path}: missing or changed since the training; copy it from the shards")
         return np.load(path, allow_pickle=False)
-
-
-def load_network(newest: Path, run: Run, world: World) -> AlexNet:
-    """Return this process's part of a checkpoint's network, on its device."""
-    network = build(run.recipe, len(run.wnids), run.seed, world.exchange)
-    checkpoint.load(newest, {name: parameter.detach() for name, parameter in network.named_parameters()},
-                    whole_shapes(run.recipe, len(run.wnids)))
-    return network.to(world.device)

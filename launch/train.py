@@ -108,7 +108,7 @@ class Trainer:
         recipe = self.recipe
         lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), recipe.colour_std, recipe.colour_by)
         self.batches = TrainingBatches(len(self.training), recipe.batch, run.seed, lighting, recipe.colour_epochs,
-                                       recipe.crops_and_flips, recipe.crops_shared_by, recipe.mean_at)
+                                       recipe.crops_and_flips, recipe.crops_shared_by, recipe.mean_at, recipe.crop)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
         self.progress = Progress()
@@ -213,8 +213,8 @@ class Trainer:
 
     def _validate(self) -> Errors:
         began = time.perf_counter()
-        batches = EvaluationLoader(self.validation, self.mean, "centre", self.recipe.batch, self.world.device,
-                                   self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at)
+        batches = EvaluationLoader(self.validation, self.mean, 1, self.recipe.batch, self.world.device,
+                                   self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at, self.recipe.crop)
         errors = error_rates(self.network, batches, self.classes, self.world)
         self.progress = self.recipe.schedule.observe(self.progress, errors.top1)
         epoch = self.step // self.steps_per_epoch

@@ -61,8 +61,8 @@ class AlexNet(nn.Module):
         self._add_unlearned_layers(recipe, seed, tower=None)
 
     def _add_unlearned_layers(self, recipe: Recipe, seed: int, tower: int | None) -> None:
-        towers = recipe.towers if tower is None else 1  # within this module
-        self.lrn = (LocalResponseNorm(recipe.lrn_k, recipe.lrn_n, recipe.lrn_alpha, recipe.lrn_beta, towers)
+        groups = 1 if recipe.lrn_across_towers or tower is not None else recipe.towers
+        self.lrn = (LocalResponseNorm(recipe.lrn_k, recipe.lrn_n, recipe.lrn_alpha, recipe.lrn_beta, groups)
                     if recipe.lrn_n else nn.Identity())
         self.lrn_before_relu = recipe.lrn_before_relu
         self.map_norm = MapNorm(*astuple(recipe.map_norm)) if recipe.map_norm else nn.Identity()
@@ -77,7 +77,8 @@ class AlexNet(nn.Module):
 
     def hidden(self, images: Tensor, step: int = 0) -> Tensor:
         """Return what fc8 reads, [N, F]: the last hidden layer's outputs, of this module's neurons."""
-        x = F.pad(images, (0, 3, 0, 3))  # 3 x 227 x 227: the paper's 224 -> 55 is a rounding up
+        missing = 227 - images.shape[-1]  # 3 of 224: the paper's 224 -> 55 is a rounding up
+        x = F.pad(images, (0, missing, 0, missing))  # 3 x 227 x 227
         x = self.conv1(x)  # 96 x 55 x 55
         if self.lrn_before_relu:
             x = self.activate(self.pool(self.lrn(x)))  # 96 x 27 x 27

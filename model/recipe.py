@@ -47,9 +47,11 @@ class Recipe:
     lrn_n: int = _of(5, "maps, the own one in the middle; 0: no normalisation")
     lrn_alpha: float = _of(1e-4, "not divided by n")
     lrn_beta: float = _of(0.75, "the exponent")
+    lrn_across_towers: bool = _of(False, "windows do not end where a tower's maps do")
     lrn_before_relu: bool = _of(False, "layer 1: LRN, pool, ReLU in place of ReLU, LRN, pool")
     map_norm: SameMapNorm | None = _of(None, "layer 2, after LRN: a / (k + alpha * sum over n x n places of a^2)^beta")
     dropout: float = _of(0.5, "chance to drop an output of fc6, fc7; at test outputs are times 1 - dropout")
+    crop: int = _of(224, "pixels, both ways, of 256; conv1 sees 227, with zeros at the right and at the bottom")
     pixel_scale: float = _of(1.0, "the network sees (pixel 0-255 - mean + colour shift) * pixel_scale")
     mean_at: str = _of("crop", "where in the mean image the crop's mean lies: at the crop's place, or in the centre")
     crops_and_flips: bool = _of(True, "section 4.1's first form of augmentation; False: the centre, never mirrored")
@@ -77,6 +79,8 @@ class Recipe:
             raise RecipeError(f"recipe {self.name}: towers is 1 or 2, activation relu or tanh, pool_size 2 or 3")
         if set(self.joined) - set(CONVOLUTIONS[1:]) or set(self.left_out) - set(CONVOLUTIONS[2:]):
             raise RecipeError(f"recipe {self.name}: joined names some of conv2 to conv5, left_out of conv3 to conv5")
+        if not 224 <= self.crop <= 227:
+            raise RecipeError(f"recipe {self.name}: crop is 224 to 227 pixels, not {self.crop}")
         if self.lrn_n != 0 and (self.lrn_n < 1 or self.lrn_n % 2 == 0):
             raise RecipeError(f"recipe {self.name}: lrn_n must be odd, or 0 for no normalisation, not {self.lrn_n}")
         if not 0 <= self.dropout < 1 or not 0 <= self.momentum < 1:

@@ -33,13 +33,13 @@ def probabilities(logits: Tensor, exchange: Exchange | None = None) -> Tensor:
     return torch.exp(logits - highest[:, None]) / total[:, None]
 
 
-def of_all_classes(scores: Tensor, classes: int, exchange: Exchange | None = None) -> Tensor:
-    """Return [N, classes] of this tower's [N, K] and the peer's, in both processes."""
+def joined(own: Tensor, columns: int, exchange: Exchange | None = None) -> Tensor:
+    """Return [N, columns] of this tower's [N, K], of classes or neurons, and the peer's, in both processes."""
     if exchange is None:
-        return scores
-    own = F.pad(scores, (0, (classes + 1) // 2 - scores.shape[1]))  # of an odd number tower 0 holds one more
-    peer = exchange.swap(own, "scores of all classes")
-    return torch.cat([own, peer] if exchange.tower == 0 else [peer, own], 1)[:, :classes]
+        return own
+    own = F.pad(own, (0, (columns + 1) // 2 - own.shape[1]))  # of an odd number tower 0 holds one more
+    peer = exchange.swap(own, "columns of both towers")
+    return torch.cat([own, peer] if exchange.tower == 0 else [peer, own], 1)[:, :columns]
 
 
 def rank_of_label(scores: Tensor, labels: Tensor, first_class: int = 0, exchange: Exchange | None = None) -> Tensor:

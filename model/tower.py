@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.exchange import Exchange
+from model.layers import LocalResponseNorm
 from model.network import AlexNet, convolutions, initialise
 from model.recipe import Recipe
 
@@ -44,6 +45,26 @@ class JoinedLinear(nn.Linear):
         return torch.addmm(y, self.exchange.finish(pending), peer.t())
 
 
+class JoinedResponseNorm(nn.Module):
+    """Response normalisation of the own half of the maps, x [N, C, H, W], whose windows reach into the peer's half."""
+
+    def __init__(self, norm: LocalResponseNorm, exchange: Exchange):
+        super().__init__()
+        self.norm, self.exchange = norm, exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        reach, maps = self.norm.n // 2, x.shape[1]
+        if self.exchange.tower == 0:
+            inner, edge = x.split([maps - reach, reach], 1)
+        else:
+            edge, inner = x.split([reach, maps - reach], 1)
+        edge, pending = self.exchange.start(edge, "edge of a window")
+        peer = self.exchange.finish(pending)
+        if self.exchange.tower == 0:
+            return self.norm(torch.cat([inner, edge, peer], 1))[:, :maps]
+        return self.norm(torch.cat([peer, edge, inner], 1))[:, reach:]
+
+
 def _columns(weight: Tensor, tower: int) -> tuple[Tensor, Tensor]:
     """Views of the columns that read the own tower and of those that read the peer."""
     halves = weight.chunk(2, dim=1)
@@ -69,6 +90,8 @@ class Tower(AlexNet):
         self.fc7 = JoinedLinear(f6, f7 // 2, exchange, "fc7")
         self.fc8 = JoinedLinear(f7, (classes + 1 - tower) // 2, exchange, "fc8")
         self._add_unlearned_layers(recipe, seed, tower)
+        if recipe.lrn_across_towers and recipe.lrn_n:
+            self.lrn = JoinedResponseNorm(self.lrn, exchange)
 
 
 def whole_shapes(recipe: Recipe, classes: int) -> dict[str, torch.Size]:

@@ -24,20 +24,25 @@ class Views(NamedTuple):
 
     anchors: np.ndarray  # int32 [V, 2], (y, x) of the top left pixel
     flips: np.ndarray  # bool [V], mirrored left to right
+    crop: int  # pixels, both ways
 
     def of(self, indices: np.ndarray, mean_at: str) -> Batch:
         """Return the batch of these views of each image of `indices`."""
         images, crops = len(indices), len(indices) * len(self.flips)
         return placed(indices, np.tile(self.anchors, (images, 1)), np.tile(self.flips, images),
-                      np.zeros((crops, 3), np.float32), mean_at)
+                      np.zeros((crops, 3), np.float32), mean_at, self.crop)
 
 
-_EDGE, _MIDDLE = IMAGE_SIZE - CROP, (IMAGE_SIZE - CROP) // 2
-_FIVE_ANCHORS = [[0, 0], [0, _EDGE], [_EDGE, 0], [_EDGE, _EDGE], [_MIDDLE, _MIDDLE]]
-
-CENTRE = Views(np.array([[_MIDDLE, _MIDDLE]], np.int32), np.array([False]))
-# Section 4.1 of the paper: four corners and the centre, then the same five mirrored.
-TEN_VIEWS = Views(np.array(_FIVE_ANCHORS * 2, np.int32), np.repeat([False, True], 5))
+def views_of(count: int, crop: int = CROP) -> Views:
+    """Return the centre (`count` 1), or the paper's ten views (section 4.1): four corners and the centre, then the same
+    five mirrored."""
+    edge, middle = IMAGE_SIZE - crop, (IMAGE_SIZE - crop) // 2
+    if count == 1:
+        return Views(np.array([[middle, middle]], np.int32), np.array([False]), crop)
+    if count != 10:
+        raise ValueError(f"{count} views: 1 or 10")
+    five = [[0, 0], [0, edge], [edge, 0], [edge, edge], [middle, middle]]
+    return Views(np.array(five * 2, np.int32), np.repeat([False, True], 5), crop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +93,14 @@ class Batch:
 
 
 def placed(
-    indices: np.ndarray, anchors: np.ndarray, flips: np.ndarray, shifts: np.ndarray, mean_at: str
+    indices: np.ndarray, anchors: np.ndarray, flips: np.ndarray, shifts: np.ndarray, mean_at: str, crop: int = CROP
 ) -> Batch:
     """Return a batch that subtracts the mean at each crop's place, flipped with it ("crop"), or always the mean's
     central crop, never flipped ("centre")."""
     if mean_at == "crop":
         return Batch(indices, anchors, flips, shifts, anchors, flips)
-    return Batch(indices, anchors, flips, shifts, CENTRE.anchors.repeat(len(flips), axis=0), np.zeros_like(flips))
+    centre = np.full((len(flips), 2), (IMAGE_SIZE - crop) // 2, np.int32)
+    return Batch(indices, anchors, flips, shifts, centre, np.zeros_like(flips))
 
 
 # The first word of the key of each random stream. Without it, NumPy would give [seed, epoch] and [seed, epoch, 0] the
@@ -106,7 +112,7 @@ class TrainingBatches:
     """The batches of a training run over `images` images; the last partial batch of an epoch is dropped.
 
     Each epoch is a permutation of all images. Crops are uniform over all offsets, flips have p = 0.5, both drawn once
-    for `crops_shared_by` images next to each other; without `crops_and_flips` each image is seen at its centre. Lighting
+    for `crops_shared_by` images next to each other; without `crops_and_flips` each image's centre is seen. Lighting
     (none: no shift) is drawn for every image, in the first `lighting_epochs` epochs (none: in all). `mean_at` as in
     `placed`.
 
@@ -156,7 +162,7 @@ class TrainingBatches:
             anchors[:], flips[:] = (self.image_size - self.crop) // 2, False
         if draws < n:
             anchors, flips = (drawn.repeat(self.crops_shared_by, axis=0)[:n] for drawn in (anchors, flips))
-        return placed(self._order(epoch)[step * n : (step + 1) * n], anchors, flips, shifts, self.mean_at)
+        return placed(self._order(epoch)[step * n : (step + 1) * n], anchors, flips, shifts, self.mean_at, self.crop)
 
     def has_lighting(self, epoch: int) -> bool:
         return self.lighting is not None and (self.lighting_epochs is None or epoch < self.lighting_epochs)

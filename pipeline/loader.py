@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.batches import CENTRE, CROP, TEN_VIEWS, Batch, TrainingBatches
+from pipeline.batches import CROP, Batch, TrainingBatches, views_of
 from pipeline.errors import DataError
 from pipeline.manifest import IMAGE_SIZE
 from pipeline.shards import ShardImages
@@ -181,7 +181,7 @@ class EvaluationLoader:
 
     Each iteration starts afresh, and yields (pixels, labels) as TrainingLoader does, without flips of chance or colour
     shifts: labels int64 [N], pixels float32 [N * V, 3, 224, 224] with the V views of one image next to each other,
-    V = 1 for views="centre" (the centre crop) and V = 10 for views="ten" (pipeline.batches.TEN_VIEWS, in that order).
+    V = `views` is 1 (the centre) or 10, in the order of pipeline.batches.views_of.
     len() is the number of batches. An image is decoded once however many its views. `mean_at` as in
     pipeline.batches.placed.
     """
@@ -190,16 +190,15 @@ class EvaluationLoader:
         self,
         images: ShardImages,
         mean: np.ndarray,
-        views: str = "centre",
+        views: int = 1,
         batch_size: int = 128,
         device: str | torch.device = "cpu",
         scale: float = 1.0,
         threads: int = 1,
         mean_at: str = "crop",
+        crop: int = CROP,
     ):
-        if views not in ("centre", "ten"):
-            raise ValueError(f"views {views!r}: centre or ten")
-        self._images, self._mean, self._views = images, _checked(mean), TEN_VIEWS if views == "ten" else CENTRE
+        self._images, self._mean, self._views = images, _checked(mean), views_of(views, crop)
         self._mean_at = mean_at
         self._batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
 
@@ -209,8 +208,8 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         several = self._views.of(np.arange(1), self._mean_at) if len(self._views.flips) > 1 else None
         delivery = _Delivery(
-            self._images, self._batches(), self._mean, self._scale, CROP, several, self._batch_size, self._threads,
-            self._device,
+            self._images, self._batches(), self._mean, self._scale, self._views.crop, several, self._batch_size,
+            self._threads, self._device,
         )
         try:
             while True:

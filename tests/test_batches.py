@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.batches import CENTRE, TEN_VIEWS, Batch, Lighting, TrainingBatches
+from pipeline.batches import Batch, Lighting, TrainingBatches, views_of
 from pipeline.errors import DataError
 
 # Standard deviations and vectors measured over ImageNet on 0-255 pixels, as published.
@@ -168,7 +168,28 @@ def test_a_step_outside_the_epoch_is_refused(epoch, step):
 
 
 def test_views():
-    assert CENTRE.anchors.tolist() == [[16, 16]] and CENTRE.flips.tolist() == [False]
+    centre, ten = views_of(1), views_of(10)
+    assert centre.anchors.tolist() == [[16, 16]] and centre.flips.tolist() == [False]
     five = [[0, 0], [0, 32], [32, 0], [32, 32], [16, 16]]
-    assert TEN_VIEWS.anchors.tolist() == five + five
-    assert TEN_VIEWS.flips.tolist() == [False] * 5 + [True] * 5
+    assert ten.anchors.tolist() == five + five
+    assert ten.flips.tolist() == [False] * 5 + [True] * 5
+    with pytest.raises(ValueError, match="5 views: 1 or 10"):
+        views_of(5)
+
+
+def test_views_of_other_crops_than_the_papers():
+    """Caffe's are of 227 pixels: 29 to spare, of which it leaves 14 before the central one."""
+    five = [[0, 0], [0, 29], [29, 0], [29, 29], [14, 14]]
+    assert views_of(10, 227).anchors.tolist() == five + five
+    assert views_of(1, 227).of(np.arange(2), "centre").mean_anchors.tolist() == [[14, 14]] * 2
+    batches = TrainingBatches(4000, 4000, seed=1, lighting=None, mean_at="centre", crop=227).at(0, 0)
+    assert (batches.anchors.min(), batches.anchors.max()) == (0, 29) and set(batches.mean_anchors.flat) == {14}
+
+
+def test_without_crops_and_flips_the_rest_is_the_same():
+    lighting = Lighting.from_covariance(COVARIANCE)
+    whole, still = (TrainingBatches(32, 8, 2, lighting, crops_and_flips=moved).at(1, 2) for moved in (True, False))
+    assert set(still.anchors.flat) == {16} and not still.flips.any()
+    assert len(set(whole.anchors.flat)) > 3 and whole.flips.any()
+    np.testing.assert_array_equal(whole.indices, still.indices)
+    np.testing.assert_array_equal(whole.shifts, still.shifts)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import TEN_VIEWS, Batch, placed
+from pipeline.batches import Batch, placed, views_of
 from pipeline.pixels.finish import Finisher, _compiled
 
 GENERATOR = np.random.default_rng(0)
@@ -33,7 +33,7 @@ def expected(batch: Batch, scale: float, crop: int) -> np.ndarray:
 
 RANDOM = batch_of(GENERATOR.integers(0, 33, (4, 2), np.int32), np.array([True, False, True, False]))
 CORNERS = batch_of(np.array([[0, 0], [0, 32], [32, 0], [32, 32]], np.int32), np.array([True, True, False, False]))
-TEN = batch_of(np.tile(TEN_VIEWS.anchors, (4, 1)), np.tile(TEN_VIEWS.flips, 4))
+TEN = batch_of(np.tile(views_of(10).anchors, (4, 1)), np.tile(views_of(10).flips, 4))
 CENTRED = batch_of(RANDOM.anchors, RANDOM.flips, mean_at="centre")
 
 

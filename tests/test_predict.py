@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from launch.cli import cli
-from launch.run_folder import RunFolder, load_network
+from launch.run_folder import RunFolder
+from launch.trained import load_network
 from launch.world import join_world
 from pipeline.loader import EvaluationLoader
 from pipeline.manifest import load_manifest
@@ -55,7 +56,7 @@ def test_probabilities_are_the_networks(folder, views):
     run = run_folder.read()
     with join_world(device="cpu", transport="rpc", timeout_s=60, threads=1) as world:
         network = load_network(run_folder.last_checkpoint(run), run, world).eval()
-    batches = EvaluationLoader(images, run_folder.mean(run), "ten" if views == 10 else "centre", 7,
+    batches = EvaluationLoader(images, run_folder.mean(run), views, 7,
                                scale=run.recipe.pixel_scale)
     with torch.no_grad():
         expected = torch.cat([network(pixels).softmax(1).unflatten(0, (-1, views)).mean(1) for pixels, _ in batches])

@@ -1,4 +1,4 @@
-"""Commands on runs: train, evaluate, predict."""
+"""Commands that train and evaluate."""
 
 from __future__ import annotations
 
@@ -87,41 +87,3 @@ def evaluate(run: Path, shards: str, split: str, views: str, batch: int, as_json
     else:
         click.echo(f"top-1 error {found.top1:.2%}, top-5 error {found.top5:.2%} "
                    f"({found.images} {split} images, {views} view{'s' if views != '1' else ''}, step {step})")
-
-
-@click.command()
-@click.argument("run", type=FOLDER)
-@click.argument("image", type=FOLDER, nargs=-1, required=True)
-@click.option("--views", default="10", show_default=True, type=click.Choice(["1", "10"]),
-              help="Centre crop alone, or four corners and centre with their mirror images.")
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Guesses an image.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object an image on stdout.")
-@process_options
-def predict(run: Path, image: tuple[Path, ...], views: str, top: int, as_json: bool, **process) -> None:
-    """Say what RUN's newest checkpoint sees in each IMAGE, a picture file of any kind.
-
-    Alone or under torchrun, like train. Files that are no picture are named and left out; then the exit code is 2.
-    """
-    from dataclasses import asdict
-
-    from launch.predict import predict
-    from launch.world import join_world
-
-    broken: list[Path] = []
-    with join_world(**process) as world:
-        def leave_out(path: Path, reason: str) -> None:
-            broken.append(path)
-            if world.leads:
-                click.echo(f"alexnet: {path}: {reason}; left out", err=True)
-
-        for path, guesses in predict(world, run, image, int(views), top, leave_out):
-            if not world.leads:
-                continue
-            if as_json:
-                click.echo(json.dumps({"image": str(path), "guesses": [asdict(guess) for guess in guesses]}))
-                continue
-            click.echo(path)
-            for guess in guesses:
-                click.echo(f"  {guess.probability:6.1%}  {guess.wnid}  {guess.words}".rstrip())
-    if broken:
-        click.get_current_context().exit(2)

@@ -7,26 +7,16 @@ of a batch, K crops of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 
 from pipeline.batches import Batch
+from pipeline.compiled import compiled
 
 
-def _compiled(function: Callable) -> Callable:
-    """Machine code, made at the first call and kept for later processes where a folder for it can be written (beside
-    this file, or the user's cache). It holds no lock of Python's, so threads run it side by side."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _flip(row, out):
     """Copy a row of RGB pixels, uint8 [width * 3], from right to left."""
     # Three times as fast as with signed numbers, which Numba tests for indices that count from the end.
@@ -37,13 +27,13 @@ def _flip(row, out):
         start += three
 
 
-@_compiled
+@compiled
 def _finish_row(row, mean, shift, scale, out):
     for x in range(len(out)):
         out[x] = (np.float32(row[x]) - mean[x] + shift[x]) * scale
 
 
-@_compiled
+@compiled
 def _finish(images, corners, flips, shifts, means, mean_anchors, mean_flips, scale, out, first, last):
     """Fill out[first:last] of float32 [K, crop, crop * 3] from images uint8 [N, side, side * 3].
 
