@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from launch.run_folder import Run
 from launch.trained import Trained, open_trained
 from launch.world import World
 from model.softmax import joined, probabilities
-from pipeline.batches import views_of
 from pipeline.images import BrokenImage, fit
-from pipeline.pixels.finish import Finisher
 
 PICTURES_AT_A_TIME = 16
 
@@ -39,27 +38,27 @@ def predict(
     """
     world.await_leader()
     trained = open_trained(world, run_path, {"pictures": list(map(str, pictures)), "views": views})
-    run = trained.run
     for files, pixels in seen(trained, pictures, views, broken):
         with torch.no_grad():
             scores = probabilities(trained.network(pixels), world.exchange).unflatten(0, (len(files), -1)).mean(1)
-            scores = joined(scores, len(run.wnids), world.exchange)
-        best, labels = scores.sort(dim=1, descending=True, stable=True)
-        for file, chances, classes in zip(files, best[:, :guesses].tolist(), labels[:, :guesses].tolist()):
-            yield file, [Guess(run.wnids[c], run.words[c], chance) for c, chance in zip(classes, chances)]
+            scores = joined(scores, len(trained.run.wnids), world.exchange)
+        yield from zip(files, ranked(trained.run, scores, guesses))
+
+
+def ranked(run: Run, scores: Tensor, guesses: int) -> list[list[Guess]]:
+    """Return the likeliest classes of each row of scores [N, classes], the likeliest first."""
+    best, labels = scores.sort(dim=1, descending=True, stable=True)
+    return [[Guess(run.wnids[c], run.words[c], chance) for c, chance in zip(classes, chances)]
+            for chances, classes in zip(best[:, :guesses].tolist(), labels[:, :guesses].tolist())]
 
 
 def seen(
     trained: Trained, pictures: Sequence[Path], views: int, broken: Callable[[Path, str], object]
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Yield a few files at a time and what the network sees of them: float32 [N * views, 3, crop, crop]."""
-    recipe = trained.run.recipe
-    finisher = Finisher(trained.mean, recipe.pixel_scale, recipe.crop, trained.world.threads)
     for batch in _fitted(pictures, broken):
         files, images = zip(*batch)
-        crops = views_of(views, recipe.crop).of(np.arange(len(images)), recipe.mean_at)
-        pixels = finisher.finish(np.stack(images), crops).permute(0, 3, 1, 2)
-        yield list(files), pixels.to(trained.world.device)
+        yield list(files), trained.pixels(np.stack(images), views)
 
 
 def _fitted(

@@ -17,8 +17,10 @@ from launch.world import World
 from model.network import AlexNet
 from model.softmax import joined
 from model.tower import build, whole_shapes
+from pipeline.batches import views_of
 from pipeline.loader import EvaluationLoader
 from pipeline.manifest import Manifest
+from pipeline.pixels.finish import Finisher
 from pipeline.shards import ShardImages
 
 
@@ -41,6 +43,13 @@ class Trained:
         recipe = self.run.recipe
         return EvaluationLoader(images, self.mean, views, batch, self.world.device, recipe.pixel_scale,
                                 self.world.threads, recipe.mean_at, recipe.crop)
+
+    def pixels(self, images: np.ndarray, views: int) -> Tensor:
+        """Return what the network sees of uint8 [N, 256, 256, 3]: float32 [N * views, 3, crop, crop], on its device."""
+        recipe = self.run.recipe
+        finisher = Finisher(self.mean, recipe.pixel_scale, recipe.crop, self.world.threads)
+        crops = views_of(views, recipe.crop).of(np.arange(len(images)), recipe.mean_at)
+        return finisher.finish(images, crops).permute(0, 3, 1, 2).to(self.world.device)
 
     @torch.no_grad()
     def last_hidden(self, pixels: Tensor) -> Tensor:

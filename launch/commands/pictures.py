@@ -1,4 +1,4 @@
-"""Commands that show pictures to a trained network: predict, similar."""
+"""Commands that show pictures to a trained network: predict, similar, figures."""
 
 from __future__ import annotations
 
@@ -68,6 +68,31 @@ def similar(run: Path, shards: str, image: tuple[Path, ...], top: int, as_json: 
             _show(world.leads, path, "similar", found, lines, as_json)
     if broken:
         click.get_current_context().exit(2)
+
+
+@click.command()
+@click.argument("run", type=FOLDER)
+@click.argument("shards", type=PLACE)
+@click.option("--pictures", default=8, show_default=True, type=click.IntRange(1, 100), help="Validation images shown.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which ones.")
+@cache_option
+@process_options
+def figures(run: Path, shards: str, pictures: int, seed: int, cache: Path | None, **process) -> None:
+    """Draw the paper's figures 3 and 4 and the curves of RUN, to RUN/figures (PNG and SVG).
+
+    The first layer's kernels, tower by tower; validation images of SHARDS with five guesses each; the training images
+    most like them; loss, errors and learning rate. Alone or under torchrun, like train.
+    """
+    from launch.figures.make import make_figures
+    from launch.progress import TaskBars, shards_here
+    from launch.world import join_world
+
+    with join_world(**process) as world, TaskBars(world.leads) as progress:
+        folder = make_figures(world, run, shards_here(shards, cache), pictures, seed, progress)
+    if world.leads:
+        found = json.loads((folder / "figures.json").read_text())["colour_selectivity"]
+        numbers = ", ".join(f"tower {n} {value:.3f}" for n, value in enumerate(found))
+        click.echo(f"{folder}: kernels, guesses, neighbours, curves; colour selectivity: {numbers}")
 
 
 def _leave_out(broken: list[Path], told: bool) -> Callable[[Path, str], None]:

@@ -1,0 +1,41 @@
+"""Loss, errors and learning rate over a run's epochs."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from launch.figures.drawing import figure
+
+
+def of_the_run(records: list[dict], event: str) -> list[dict]:
+    """Return a log's records of a kind, the steps after a resumed checkpoint once: as they were done last."""
+    kept: list[dict] = []
+    for record in records:
+        if record["event"] == "resume":
+            kept = [one for one in kept if one["step"] <= record["step"]]
+        elif record["event"] == event:
+            kept.append(record)
+    return kept
+
+
+def draw_curves(records: list[dict]) -> Figure:
+    """Draw the records of a log (launch.runlog.read_log)."""
+    steps, epochs = of_the_run(records, "steps"), of_the_run(records, "epoch")
+    drawing = figure(8, 7.5)
+    loss, errors, rate = drawing.subplots(3, 1, sharex=True)
+    at = [record["epoch"] for record in steps]
+    loss.plot(at, [record["loss"] for record in steps], linewidth=0.8)
+    loss.set_ylabel("training loss")
+    errors.plot(at, [record["train_top1_error"] for record in steps], linewidth=0.6, color="#b9c3cf",
+                label="training, top-1 (with crops, flips, dropout)")
+    for name, colour in (("top1", "#c0392b"), ("top5", "#4878a8")):
+        errors.plot([record["epoch"] for record in epochs], [record["val"][name] for record in epochs], "o-",
+                    markersize=3, color=colour, label=f"validation, top-{name[3:]}, centre crop")
+    errors.set(ylabel="error", ylim=(0, 1))
+    if epochs:
+        errors.legend(fontsize=8)
+    rate.plot(at, [record["rate"] for record in steps])
+    rate.set(ylabel="learning rate", xlabel="epoch", yscale="log")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return drawing
