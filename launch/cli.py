@@ -15,7 +15,7 @@ import traceback
 import click
 
 from launch import __version__
-from launch.commands import ablations, benchmarks, data, pictures, recipes, training, weights
+from launch.commands import ablations, benchmarks, data, pictures, recipes, report, training, weights
 
 # Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -60,8 +60,8 @@ def cli() -> None:
 
 for command in (
     data.sample, data.inspect, data.preprocess, data.verify, recipes.recipes, training.train, training.evaluate,
-    pictures.predict, pictures.similar, pictures.figures, ablations.ablate, weights.export, weights.import_,
-    benchmarks.bench,
+    pictures.predict, pictures.similar, pictures.figures, report.report, ablations.ablate, weights.export,
+    weights.import_, benchmarks.bench,
 ):
     cli.add_command(command)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from launch.runlog import RunLog
 from launch.trained import open_trained
 from launch.world import World
 from model.network import AlexNet
@@ -48,7 +50,10 @@ def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], clas
 def evaluate_run(
     world: World, run_path: Path, shards: Path, split: str, views: int, batch: int
 ) -> tuple[Errors, int]:
-    """Evaluate the newest checkpoint of a run over a split, with 1 or 10 views; return its errors and its step."""
+    """Evaluate the newest checkpoint of a run over a split, with 1 or 10 views; return its errors and its step.
+
+    The run's log keeps them too, where it can be written.
+    """
     world.await_leader()
     manifest, data = load_manifest(shards)
     images = ShardImages(shards, manifest, split)
@@ -56,4 +61,8 @@ def evaluate_run(
         check_files(shards, manifest.splits[split].files)
     trained = open_trained(world, run_path, {"split": split, "views": views, "batch": batch}, (shards, manifest, data))
     found = error_rates(trained.network, trained.batches(images, views, batch), len(trained.run.wnids), world)
+    if world.leads:
+        with suppress(OSError), RunLog(trained.folder.log_path) as log:
+            log.write("evaluation", step=trained.step, split=split, views=views, data=data, images=found.images,
+                      top1_error=found.top1, top5_error=found.top5)
     return found, trained.step

@@ -15,6 +15,7 @@ from launch.errors import UserError
 from model.errors import RecipeError, reason
 from model.recipe import Recipe
 from pipeline.files import sha256_of, write_durably
+from pipeline.manifest import FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Run:
 
 
 class RunFolder:
-    """RUN/run.json, mean.npy, log.jsonl and checkpoints/step-N/."""
+    """RUN/run.json, mean.npy, manifest.json (of the shards), log.jsonl and checkpoints/step-N/."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -50,16 +51,18 @@ class RunFolder:
 
     def check_new(self) -> None:
         """UserError where the folder holds anything already, but for what a kill during `create` left."""
-        left = re.compile(r"mean\.npy|(mean\.npy|run\.json)\.[0-9a-f]{8}\.tmp")
+        left = re.compile(r"mean\.npy|manifest\.json|(mean\.npy|manifest\.json|run\.json)\.[0-9a-f]{8}\.tmp")
         if self.path.exists() and (
             not self.path.is_dir() or not all(left.fullmatch(path.name) for path in self.path.iterdir())
         ):
             raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
 
-    def create(self, run: Run, mean: bytes) -> None:
-        """Begin a run here, with the bytes of the shards' mean.npy."""
+    def create(self, run: Run, mean: bytes, manifest: bytes | None = None) -> None:
+        """Begin a run here, with the bytes of the shards' mean.npy and manifest.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_durably(self.path / "mean.npy", mean)
+        if manifest is not None:
+            write_durably(self.path / FILE_NAME, manifest)
         described = {**run.to_dict(), "words": run.words}
         write_durably(self.path / "run.json", (json.dumps(described, indent=1) + "\n").encode())
 

@@ -79,15 +79,16 @@ class Index:
             write_durably(self.folder / "index.json", (json.dumps(self._described, indent=1) + "\n").encode())
 
     def nearest(self, query: np.ndarray, count: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `count` images nearest to float32 [F], the nearest first, and their distances."""
+        """Return the `count` images nearest to float32 [F], the nearest first (of equals the first stored), and their
+        distances."""
         rows = np.memmap(self.folder / "rows.f16", np.uint16, "r", shape=(self.images, self.features))
         squares = np.empty(self.images, np.float32)
         bounds = [self.images * i // threads for i in range(threads + 1)]
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda *part: _squared_distances(rows, query, squares, *part), bounds, bounds[1:]))
         count = min(count, self.images)
-        found = np.argpartition(squares, count - 1)[:count]
-        found = found[np.lexsort((found, squares[found]))]
+        found = np.flatnonzero(squares <= np.partition(squares, count - 1)[count - 1])
+        found = found[np.argsort(squares[found], kind="stable")][:count]
         return found, np.sqrt(squares[found])
 
 

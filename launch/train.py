@@ -27,7 +27,7 @@ from model.softmax import cross_entropy
 from model.tower import build, whole_shapes
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import EvaluationLoader, TrainingLoader
-from pipeline.manifest import Manifest, load_manifest
+from pipeline.manifest import FILE_NAME, Manifest, load_manifest
 from pipeline.shards import ShardImages
 
 CONTROL_STEPS = 10  # how often the towers compare batches, look at the loss and may write a checkpoint
@@ -73,7 +73,7 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
                  "start": newest.name if newest else None})
     world.connect(run.recipe.towers)
     if world.leads and not options.resume:
-        folder.create(run, (shards / manifest.mean.name).read_bytes())
+        folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())
     try:
         return trainer.run(newest)
     except torch.OutOfMemoryError:

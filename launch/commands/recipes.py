@@ -11,6 +11,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def recipes(as_json: bool) -> None:
     """Show the recipes side by side; what differs from `notes`, the default, is marked with *."""
+    from launch.recipe_text import shown
     from model.recipe import RECIPES, meanings
 
     columns = {name: recipe.to_dict() for name, recipe in RECIPES.items()}
@@ -20,8 +21,8 @@ def recipes(as_json: bool) -> None:
     default, *others = columns
     rows = [["", *columns]]
     for field in meanings():
-        first = _shown(columns[default][field])
-        values = [_shown(columns[name][field]) for name in others]
+        first = shown(columns[default][field])
+        values = [shown(columns[name][field]) for name in others]
         rows.append([field, first, *(value if value == first else f"* {value}" for value in values)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -29,13 +30,3 @@ def recipes(as_json: bool) -> None:
     click.echo()
     for field, meaning in meanings().items():
         click.echo(f"{field.ljust(widths[0])}  {meaning}")
-
-
-def _shown(value) -> str:
-    if isinstance(value, dict):
-        rest = ", ".join(f"{key} {_shown(one)}" for key, one in value.items() if key != "kind")
-        return f"{value['kind']}: {rest}" if "kind" in value else rest
-    if isinstance(value, list):
-        same = len(value) > 2 and len(set(value)) == 1
-        return f"{_shown(value[0])} each" if same else " ".join(map(_shown, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
