@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from launch.errors import RunFailed
 from launch.runlog import RunLog
 from launch.trained import open_trained
 from launch.world import World
@@ -62,7 +63,7 @@ def evaluate_run(
     trained = open_trained(world, run_path, {"split": split, "views": views, "batch": batch}, (shards, manifest, data))
     found = error_rates(trained.network, trained.batches(images, views, batch), len(trained.run.wnids), world)
     if world.leads:
-        with suppress(OSError), RunLog(trained.folder.log_path) as log:
+        with suppress(OSError, RunFailed), RunLog(trained.folder.log_path) as log:
             log.write("evaluation", step=trained.step, split=split, views=views, data=data, images=found.images,
                       top1_error=found.top1, top5_error=found.top5)
     return found, trained.step

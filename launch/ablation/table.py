@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def _draw(matrix: dict, table: list[Row], out: Path) -> None:
     drawing = figure(8, 1.6 + 0.38 * len(table))
     axes = drawing.subplots()
     places = range(len(table))[::-1]
-    axes.barh(places, [row.top1 for row in table], xerr=[row.top1_std or 0 for row in table], height=0.6,
+    axes.barh(places, [row.top1 for row in table], height=0.6,
+              xerr=[math.nan if row.top1_std is None else row.top1_std for row in table],
               color="#4878a8", error_kw={"elinewidth": 1, "capsize": 3}, label="here (mean, standard deviation)")
     published = [(row.paper_top1, place) for row, place in zip(table, places) if row.paper_top1 is not None]
     axes.plot(*zip(*published), "D", color="#d1603d", label="the paper, on ImageNet") if published else None
@@ -126,5 +128,5 @@ def _draw(matrix: dict, table: list[Row], out: Path) -> None:
     axes.set_yticks(places, [f"{row.what} (n = {row.n})" for row in table])
     axes.set_xlabel("rise of the top-1 error, ten views, in percentage points")
     axes.set_title(f"{matrix['recipe']}, {matrix['epochs']} epochs", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    drawing.legend(fontsize=8, loc="outside lower center", ncols=2)
     save(drawing, out / "table")

@@ -21,5 +21,5 @@ def save(drawing: Figure, path: Path) -> list[Path]:
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
         written.append(path.with_name(path.name + suffix))
         with matplotlib.rc_context({"svg.hashsalt": "alexnet"}), creating(written[-1]) as file:
-            drawing.savefig(file, format=suffix[1:], dpi=150, metadata=metadata)
+            drawing.savefig(file, format=suffix[1:], dpi=120, metadata=metadata)
     return written
