@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from launch.errors import UserError
 from launch.predict import seen
 from launch.trained import Trained, open_trained
 from launch.world import World
 from pipeline.compiled import compiled
-from pipeline.files import creating, write_durably
-from pipeline.manifest import check_files, load_manifest
+from pipeline.files import creating, locked, write_durably
+from pipeline.manifest import Manifest, check_files, load_manifest
 from pipeline.progress import Progress
 from pipeline.shards import ShardImages
 
@@ -107,14 +108,23 @@ def _squared_distances(rows, query, out, first, last):
         out[i] = total
 
 
-def open_index(trained: Trained, shards: Path, progress: Progress) -> tuple[Index, ShardImages]:
-    """Return the index of a run's newest checkpoint over the training images of `shards`, built where there is none."""
-    manifest, data = load_manifest(shards)
-    images = ShardImages(shards, manifest, SPLIT)
+def open_index(
+    trained: Trained, shards: Path, manifest: Manifest, data: str, progress: Progress
+) -> tuple[Index, ShardImages]:
+    """Return the index of a run's newest checkpoint over the training images of `shards`, built where there is none.
+
+    `data` is the manifest's hash. While it is built, other commands on the run wait.
+    """
+    world, images = trained.world, ShardImages(shards, manifest, SPLIT)
     index = Index(trained, data, len(images))
-    if not index.is_there():
-        check_files(shards, manifest.splits[SPLIT].files)
-        index.build(trained, images, progress)
+    with locked(trained.folder.path / "similar.lock", wait=True) if world.leads else nullcontext():
+        missing = torch.tensor([world.leads and not index.is_there()], dtype=torch.int64, device=world.device)
+        if world.exchange is not None:
+            missing = missing + world.exchange.swap(missing, "whether there is an index")
+        if missing.any():
+            if world.leads:
+                check_files(shards, manifest.splits[SPLIT].files)
+            index.build(trained, images, progress)
     return index, images
 
 
@@ -126,7 +136,7 @@ def similar(
     world.await_leader()
     manifest, data = load_manifest(shards)
     trained = open_trained(world, run_path, {"pictures": list(map(str, pictures))}, (shards, manifest, data))
-    index, images = open_index(trained, shards, progress)
+    index, images = open_index(trained, shards, manifest, data, progress)
     for files, pixels in seen(trained, pictures, 1, broken):
         for file, query in zip(files, trained.last_hidden(pixels).float().cpu().numpy()):
             rows, distances = index.nearest(query, count, world.threads)

@@ -14,8 +14,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from launch.ablation import matrix
 from launch.ablation.table import BASE, Outcome, rows
 from launch.cli import cli
+from launch.errors import RunFailed
 from launch.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +94,30 @@ def test_a_matrix_that_is_killed_goes_on(shards, tmp_path):
     again = alexnet(*command)  # nothing is left to do
     assert again.exit_code == 0 and again.stdout == done.stdout and "run 1 of" not in again.stderr
     other = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "2", "--only", "no-conv4")
-    assert other.exit_code == 2 and "begun with recipe tiny, 1 epochs" in other.stderr
+    assert other.exit_code == 2 and "begun with epochs 1; choose another folder" in other.stderr
+
+
+def test_a_network_that_diverges_does_not_stop_the_others(shards, tmp_path, monkeypatch):
+    """Its training ends with exit code 1, as when the loss is not finite; the table lacks it and has the rest."""
+    alexnet_, out = matrix._alexnet, tmp_path / "out"
+
+    def failing(processes, command, *arguments):
+        if command == "train" and "no-lrn" in map(str, arguments):
+            raise RunFailed("train of no-lrn ended with exit code 1")
+        return alexnet_(processes, command, *arguments)
+
+    monkeypatch.setattr(matrix, "_alexnet", failing)
+    done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-lrn,no-conv4",
+                   "--processes", "1")
+    assert done.exit_code == 1 and "lacks 1 of 3 runs: train of no-lrn ended with exit code 1" in done.stderr
+    assert [row["name"] for row in json.loads((out / "table.json").read_text())["rows"]] == ["no-conv4", "centre"]
+    monkeypatch.setattr(matrix, "_alexnet", alexnet_)
+    (out / "runs" / "no-conv4-seed0" / "errors.json").write_text('{"name": "no-conv4"}')
+    done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-conv4")
+    assert done.exit_code == 2 and "damaged; remove it" in done.stderr
+    (out / "matrix.json").write_text("[1]")
+    done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-conv4")
+    assert done.exit_code == 2 and "matrix.json: damaged" in done.stderr
 
 
 def test_what_cannot_be_run_is_told_before_anything_is_made(shards, tmp_path):

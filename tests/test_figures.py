@@ -117,6 +117,10 @@ def test_a_report_of_a_run_that_has_only_begun(made, tmp_path):
     (run / "log.jsonl").write_text(first + "\n")
     done = alexnet("report", run)
     assert done.exit_code == 0 and "No figures yet" in (run / "report.html").read_text()
+    for line in ("3", "[]", '{"event": "steps"}', '{"event": "epoch", "step": 1}', '{"event": "evaluation"}'):
+        (run / "log.jsonl").write_text(f"{first}\n{line}\n")
+        done = alexnet("report", run)
+        assert done.exit_code == (0 if line in ("3", "[]") else 2) and len(done.stderr.splitlines()) == 1, line
     (run / "manifest.json").write_text("{")
     done = alexnet("report", run)
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1

@@ -157,7 +157,8 @@ def test_recipes_survive_json(recipe):
     {"dropout": 1.0}, {"momentum": -0.1}, {"batch": 0}, {"learning_rate": 0.0}, {"lrn_k": 0.0}, {"colour_std": -1.0},
     {"weight_std": (0.01,)}, {"mean_at": "edge"}, {"colour_by": "sum"}, {"crops_shared_by": 0}, {"colour_shrink": 0.0},
     {"towers": 3}, {"activation": "elu"}, {"pool_size": 4}, {"joined": ("conv1",)}, {"left_out": ("conv2",)},
-    {"lrn_n": -1}, {"crop": 228}, {"crop": 200}, {"bias_rate": -0.1}, {"colour_epochs": -1}, {"bias_decay": -1.0}, {"map_norm": SameMapNorm(n=4)},
+    {"lrn_n": -1}, {"crop": 228}, {"crop": 200},
+    {"bias_rate": -0.1}, {"colour_epochs": -1}, {"bias_decay": -1.0}, {"map_norm": SameMapNorm(n=4)},
 ])  # fmt: skip
 def test_recipes_are_checked(wrong):
     with pytest.raises(RecipeError):

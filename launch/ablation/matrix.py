@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.ablation.table import BASE, Outcome, write_table
+from launch.environment import rank_and_size
 from launch.errors import RunFailed, UserError
 from model.ablations import ABLATIONS, ablated
 from model.recipe import recipe_named
@@ -39,12 +40,10 @@ class Matrix:
             return
         except ValueError:
             raise UserError(f"{path}: damaged; restore it, or choose another folder") from None
-        if theirs != mine:
-            raise UserError(f"{path.parent}: begun with {_facts(theirs)}, not {_facts(mine)}; choose another folder")
-
-
-def _facts(facts: dict) -> str:
-    return f"recipe {facts.get('recipe')}, {facts.get('epochs')} epochs, shards {str(facts.get('data'))[:12]}"
+        if not isinstance(theirs, dict) or theirs.keys() != mine.keys():
+            raise UserError(f"{path}: damaged; restore it, or choose another folder")
+        if differing := [f"{key} {theirs[key]}" for key in mine if theirs[key] != mine[key]]:
+            raise UserError(f"{path.parent}: begun with {', '.join(differing)}; choose another folder")
 
 
 def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: Sequence[str], seeds: int,
@@ -55,6 +54,8 @@ def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: S
     table and the picture are there after the first run and complete after the last. Raises UserError for unknown names
     or another matrix's folder, DataError for unfit shards, RunFailed where a run fails.
     """
+    if rank_and_size()[1] > 1:
+        raise UserError("a matrix starts torchrun itself, for every run: start it without torchrun")
     base = recipe_named(recipe)
     names = [BASE, *(name for name in ABLATIONS if not only or name in only)]
     for name in only:
@@ -68,15 +69,26 @@ def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: S
     Matrix(recipe, epochs or base.epochs, data).write_or_compare(out / "matrix.json")
     try:
         with locked(out / "lock", wait=False):
+            failed = []
             jobs = [(name, seed) for seed in range(seeds) for name in names]
             for number, (name, seed) in enumerate(jobs, 1):
                 folder = out / "runs" / f"{name}-seed{seed}"
-                if not (folder / "errors.json").is_file():
-                    print(f"run {number} of {len(jobs)}: {folder}", file=sys.stderr, flush=True)
-                    alone = name != BASE and ablated(base, name).towers == 1
+                if (folder / "errors.json").is_file():
+                    continue
+                print(f"run {number} of {len(jobs)}: {folder}", file=sys.stderr, flush=True)
+                alone = name != BASE and ablated(base, name).towers == 1
+                try:
                     _run(folder, shards, recipe, name, seed, epochs, 1 if alone else processes, options)
-                    write_table(out)
-            return write_table(out)
+                except RunFailed as error:  # a changed network may diverge, which is a result too
+                    if name == BASE:
+                        raise
+                    failed.append(str(error))
+                    continue
+                write_table(out)
+            table = write_table(out)
+            if failed:
+                raise RunFailed(f"{table} lacks {len(failed)} of {len(jobs)} runs: {'; '.join(failed)}")
+            return table
     except BlockingIOError:
         raise UserError(f"{out}: its matrix is being run already; wait for it, or choose another folder") from None
 
@@ -94,7 +106,7 @@ def _run(folder: Path, shards: Path, recipe: str, name: str, seed: int, epochs: 
         found = json.loads(_alexnet(processes, "evaluate", folder, shards, "--views", views, "--json", *options))
         errors[views] = [found["top1_error"], found["top5_error"]]
     outcome = Outcome(name, seed, errors["10"], errors["1"], found["images"])
-    write_durably(folder / "errors.json", (json.dumps(outcome.to_dict()) + "\n").encode())
+    write_durably(folder / "errors.json", (json.dumps(asdict(outcome)) + "\n").encode())
 
 
 def _alexnet(processes: int, command: str, *arguments: str | Path) -> str:
@@ -105,6 +117,6 @@ def _alexnet(processes: int, command: str, *arguments: str | Path) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
-        raise RunFailed(f"{arguments[0]}: {command} ended with exit code {done.returncode}, as told above; mend that "
-                        "and run again, it goes on where it was")
+        raise RunFailed(f"{command} of {arguments[0 if command == 'evaluate' else 1]} ended with exit code "
+                        f"{done.returncode}, as told above")
     return done.stdout

@@ -28,8 +28,9 @@ class Outcome:
     centre: tuple[float, float]
     images: int
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    def __post_init__(self):
+        if not all(len(pair) == 2 and all(0 <= share <= 1 for share in pair) for pair in (self.ten_views, self.centre)):
+            raise ValueError("errors are shares")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def write_table(out: Path) -> Path:
     matrix, table = json.loads((out / "matrix.json").read_bytes()), rows(found)
     bases = [one for one in found if one.name == BASE]
     write_durably(out / "table.json", (json.dumps({
-        **matrix, "base": [one.to_dict() for one in bases], "rows": [asdict(row) for row in table],
+        **matrix, "base": [asdict(one) for one in bases], "rows": [asdict(row) for row in table],
     }, indent=1) + "\n").encode())
     write_durably(out / "table.md", _markdown(matrix, bases, table).encode())
     _draw(matrix, table, out)

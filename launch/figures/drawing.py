@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from pipeline.files import creating
 
+matplotlib.rcParams["text.parse_math"] = False  # "$" in a class's name is no formula
+
 
 def figure(width: float, height: float) -> Figure:
     """Return an empty figure of so many inches."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from launch.errors import UserError
 from launch.figures.curves import draw_curves
 from launch.figures.drawing import save
 from launch.figures.kernels import draw_kernels
@@ -35,6 +36,8 @@ def make_figures(world: World, run_path: Path, shards: Path, pictures: int, seed
     world.await_leader()
     manifest, data = load_manifest(shards)
     images = ShardImages(shards, manifest, "val")
+    if not len(images):
+        raise UserError(f"{shards}: has no validation images to be shown")
     if world.leads:
         check_files(shards, manifest.splits["val"].files)
     trained = open_trained(world, run_path, {"pictures": pictures, "seed": seed}, (shards, manifest, data))
@@ -49,7 +52,7 @@ def make_figures(world: World, run_path: Path, shards: Path, pictures: int, seed
     with torch.no_grad():
         scores = probabilities(trained.network(pixels), world.exchange)
         guesses = ranked(trained.run, joined(scores, len(trained.run.wnids), world.exchange), 5)
-    index, training = open_index(trained, shards, progress)
+    index, training = open_index(trained, shards, manifest, data, progress)
     found = [index.nearest(query, NEIGHBOURS, world.threads)
              for query in trained.last_hidden(pixels[:QUERIES]).float().cpu().numpy()]
     folder = trained.folder.path / "figures"

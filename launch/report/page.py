@@ -17,6 +17,7 @@ from launch.recipe_text import shown
 from launch.report.published import PUBLISHED
 from launch.run_folder import Run, RunFolder
 from launch.runlog import read_log
+from model.errors import reason
 from model.recipe import PAPER, meanings
 from pipeline.errors import DataError
 from pipeline.files import write_durably
@@ -43,12 +44,17 @@ def write_report(path: Path, out: Path) -> None:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = lambda share: f"{100 * share:.2f} %"
-    page = environment.get_template("page.html.j2").render(
-        name=path.resolve().name, run=run, recipe=_recipe_rows(run), published=PUBLISHED, data=_data(folder, run),
-        evaluations=_evaluations(records), epochs=of_the_run(records, "epoch"), speed=_speed(records),
-        starts=[record for record in records if record["event"] in ("start", "resume", "import")],
-        failures=[record for record in records if record["event"] == "failed"],
-        curves=_curves(records), figures=list(_figures(path / "figures")))
+    data = _data(folder, run)
+    try:
+        page = environment.get_template("page.html.j2").render(
+            name=path.resolve().name, run=run, recipe=_recipe_rows(run), published=PUBLISHED, data=data,
+            evaluations=_evaluations(records), epochs=of_the_run(records, "epoch"), speed=_speed(records),
+            starts=[record for record in records if record["event"] in ("start", "resume", "import")],
+            failures=[record for record in records if record["event"] == "failed"],
+            curves=_curves(records), figures=list(_figures(path / "figures")))
+    except (jinja2.UndefinedError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder.log_path}: a line of it is not what training writes ({reason(error)}); remove that "
+                        "line") from None
     write_durably(out, page.encode())
 
 

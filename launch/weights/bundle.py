@@ -50,7 +50,11 @@ class Bundle:
             facts = json.loads(text)
             if facts.pop("format") != FORMAT:
                 raise ValueError("another format")
-            return Bundle(tensors, mean, Recipe.from_dict(facts.pop("recipe")), **facts)
+            bundle = Bundle(tensors, mean, Recipe.from_dict(facts.pop("recipe")), **facts)
+            Run(bundle.recipe, bundle.seed, bundle.wnids, bundle.words, bundle.data, "")  # ValueError for other types
+            if type(bundle.step) is not int or bundle.step < 0:
+                raise ValueError("its step is no number")
+            return bundle
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{where}: what it says of itself is damaged ({error}); export it anew") from None
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import pickle
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from launch.errors import UserError
@@ -49,7 +47,7 @@ def _read_safetensors(file: Path, given: Given) -> Bundle:
     try:
         with safe_open(file, "pt") as opened:
             tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # of all kinds, as the damage
         raise UserError(f"{file}: no readable safetensors file ({reason(error)})") from None
     return _described(file, tensors, about["alexnet"]) if "alexnet" in about else _undescribed(file, tensors, given)
 
@@ -57,7 +55,7 @@ def _read_safetensors(file: Path, given: Given) -> Bundle:
 def _read_state_dict(file: Path, given: Given) -> Bundle:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, struct.error) as error:
+    except Exception as error:  # of all kinds, as the damage
         raise UserError(f"{file}: no readable state_dict ({reason(error)})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{file}: holds no state_dict, tensors by name")
@@ -68,12 +66,11 @@ def _read_onnx(file: Path, given: Given) -> Bundle:
     if importlib.util.find_spec("onnx") is None:
         raise UserError(f"{file}: needs onnx: pip install onnx")
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(file)
         arrays = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    except (DecodeError, ValueError, TypeError, OSError) as error:
+    except Exception as error:  # of all kinds, as the damage
         raise UserError(f"{file}: no readable ONNX model ({reason(error)})") from None
     about = {entry.key: entry.value for entry in model.metadata_props}
     if not {"alexnet", "alexnet.mean"} <= about.keys():
@@ -99,21 +96,24 @@ def _read_caffe(file: Path, given: Given) -> Bundle:
 
 
 def _described(file: Path, tensors: dict[str, Tensor], about: str) -> Bundle:
-    mean = tensors.pop("mean", None)
-    if mean is None:
+    tensors = _floats(tensors)
+    if "mean" not in tensors:
         raise UserError(f"{file}: lacks the mean image; export it anew")
-    return Bundle.from_description(about, _floats(tensors), mean.numpy(), file)
+    mean = tensors.pop("mean").numpy()
+    return Bundle.from_description(about, tensors, mean, file)
 
 
 def _undescribed(file: Path, tensors: dict[str, Tensor], given: Given) -> Bundle:
     if given.recipe is None:
         raise UserError(f"{file}: does not say what it is; name its recipe with --recipe")
+    tensors = _floats(tensors)
     mean = tensors.pop("mean", None)
     wnids, words = _classes(file, given)
-    if mean is None and given.mean is None and given.shards is None:
+    if given.mean is not None or given.shards is not None:
+        return Bundle(tensors, _mean(given), given.recipe, wnids, words)
+    if mean is None:
         raise UserError(f"{file}: holds no mean image; name one with --mean, or the shards with --shards")
-    return Bundle(_floats(tensors), _mean(given) if mean is None or given.mean else mean.numpy(), given.recipe, wnids,
-                  words)
+    return Bundle(tensors, mean.numpy(), given.recipe, wnids, words)
 
 
 def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
