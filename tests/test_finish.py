@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.batches import Batch, placed, views_of
-from pipeline.pixels.finish import Finisher, _compiled
+from pipeline.compiled import compiled
+from pipeline.pixels.finish import Finisher
 
 GENERATOR = np.random.default_rng(0)
 MEAN = GENERATOR.uniform(0, 255, (256, 256, 3)).astype(np.float32)
@@ -72,4 +73,4 @@ def test_memory_is_used_again_once_no_tensor_refers_to_it():
 
 
 def test_functions_whose_code_cannot_be_kept_are_compiled_all_the_same():
-    assert _compiled(eval("lambda x: x + 1"))(2) == 3  # there is no file, so there is no place beside it
+    assert compiled(eval("lambda x: x + 1"))(2) == 3  # there is no file, so there is no place beside it
