@@ -70,6 +70,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files and classes may be no text
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("alexnet: %(message)s"))
     logging.getLogger("pipeline").addHandler(warnings)

@@ -34,10 +34,12 @@ def local_size() -> int:
     return from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, by whatever."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the one that started it, process `parent`, ends, by whatever."""
     set_parent_death_signal = 1  # of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_with_torchrun() -> None:

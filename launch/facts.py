@@ -41,7 +41,7 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "nvidia-dali-cuda130", "numpy", "pyarrow", "pillow"):
+    for package in ("torch", "nvidia-dali-cuda130", "numpy", "numba", "pyarrow", "pillow"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

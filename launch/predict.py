@@ -14,6 +14,7 @@ from launch.run_folder import Run
 from launch.trained import Trained, open_trained
 from launch.world import World
 from model.softmax import joined, probabilities
+from pipeline.files import read_plain
 from pipeline.images import BrokenImage, fit
 
 PICTURES_AT_A_TIME = 16
@@ -68,7 +69,7 @@ def _fitted(
     batch = []
     for path in pictures:
         try:
-            batch.append((path, fit(path.read_bytes())))
+            batch.append((path, fit(read_plain(path))))
         except BrokenImage as error:
             broken(path, str(error))
         except OSError as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from launch.errors import RunFailed
+from model.errors import reason
 from model.exchange import Exchange
 from pipeline.loader import TrainingLoader
 
@@ -75,12 +77,31 @@ class Interval:
         return self.loader.wait_s, self.exchange.waited_s if self.exchange else 0.0
 
 
+# What a line that is none of ours leads to, wherever its fields are used.
+NOT_OURS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+
+
+def odd_line(path: Path, error: Exception) -> str:
+    return f"{path}: a line of it is not what training writes ({reason(error)}); remove that line"
+
+
 def read_log(path: Path) -> list[dict]:
-    """Return the records; lines that a kill cut short are left out."""
+    """Return the records; lines that a kill cut short, or that are no records, are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("event"), str):
+                records.append(record)
     return records
+
+
+def of_the_run(records: list[dict], event: str) -> list[dict]:
+    """Return a log's records of a kind, the steps after a resumed checkpoint once: as they were done last."""
+    kept: list[dict] = []
+    for record in records:
+        if record["event"] == "resume":
+            kept = [one for one in kept if one["step"] <= record["step"]]
+        elif record["event"] == event:
+            kept.append(record)
+    return kept

@@ -56,7 +56,7 @@ class Index:
             described = json.loads((self.folder / "index.json").read_bytes())
         except FileNotFoundError:
             return False
-        except ValueError:
+        except (ValueError, RecursionError):
             described = None
         rows = self.folder / "rows.f16"
         if described != self._described or not rows.is_file() or rows.stat().st_size != 2 * self.images * self.features:
@@ -66,8 +66,10 @@ class Index:
     def build(self, trained: Trained, images: ShardImages, progress: Progress) -> None:
         """Both processes call it; rank 0 writes, and removes the indices of earlier checkpoints."""
         if trained.world.leads:
-            shutil.rmtree(self._all, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            for old in self._all.glob("step-*-*"):
+                if not old.name.startswith(f"{trained.checkpoint.name}-"):
+                    shutil.rmtree(old)
+            self.folder.mkdir(parents=True, exist_ok=True)
         done = 0
         with creating(self.folder / "rows.f16") if trained.world.leads else nullcontext() as file:
             for pixels, labels in trained.batches(images, 1, BATCH):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import get_args, get_origin, get_type_hints
 
 from model.errors import RecipeError
 from model.schedule import ByHand, OneCycle, Plateau
@@ -70,8 +72,10 @@ class Recipe:
     schedule: Plateau | OneCycle | ByHand = _of(Plateau(), "of the learning rate")
 
     def __post_init__(self):
+        if odd := [name for name, kind in get_type_hints(Recipe).items() if not _is(getattr(self, name), kind)]:
+            raise RecipeError(f"recipe {self.name}: {odd[0]} cannot be {getattr(self, odd[0])!r}")
         widths = self.kernels + self.neurons
-        if len(self.kernels) != 5 or len(self.neurons) != 2 or any(n < 2 or n % 2 for n in widths):
+        if len(self.kernels) != 5 or len(self.neurons) != 2 or any(n < 2 or n % 2 or n > 1 << 20 for n in widths):
             raise RecipeError(f"recipe {self.name}: wants 5 numbers of kernels and 2 of neurons, each even")
         if unknown := set(self.ones) - set(LAYERS):
             raise RecipeError(f"recipe {self.name}: no layer named {', '.join(sorted(unknown))}")
@@ -112,8 +116,20 @@ class Recipe:
             kind = {"Plateau": Plateau, "OneCycle": OneCycle, "ByHand": ByHand}[schedule.pop("kind")]
             map_norm = values["map_norm"] and SameMapNorm(**values["map_norm"])
             return Recipe(**{**_tuples(values), "schedule": kind(**schedule), "map_norm": map_norm})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a recipe of this version ({type(error).__name__}: {error})") from None
+
+
+def _is(value: object, kind: object) -> bool:
+    """Whether a value is of an annotation's kind; numbers are finite, and whole ones will do for others."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if get_origin(kind) is tuple:
+        return type(value) is tuple and all(_is(one, get_args(kind)[0]) for one in value)
+    if get_args(kind):  # a union
+        return any(_is(value, one) for one in get_args(kind))
+    fields_of = get_type_hints(kind).items() if is_dataclass(kind) else ()
+    return type(value) is kind and all(_is(getattr(value, name), field_kind) for name, field_kind in fields_of)
 
 
 def _lists(values: dict) -> dict:

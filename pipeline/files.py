@@ -23,6 +23,10 @@ TEMPORARY = ".tmp"  # how the name of a file ends that is not whole yet
 def creating(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write; when the block ends, it is synced and takes the name `path`. Until then, and if it fails,
     what was there stays."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(path))  # which would be replaced: a device, a pipe
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     # A temporary name of its own: another process may be writing the same file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
@@ -42,7 +46,7 @@ def creating(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """Hold a lock, which is let go of when the block ends, by a kill too. BlockingIOError where another holds it and
     `wait` is False."""
-    with open(path, "w") as file:
+    with open(path, "a+") as file:  # for both, or a pipe of that name would be waited for
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 

@@ -112,12 +112,17 @@ def test_a_network_that_diverges_does_not_stop_the_others(shards, tmp_path, monk
     assert done.exit_code == 1 and "lacks 1 of 3 runs: train of no-lrn ended with exit code 1" in done.stderr
     assert [row["name"] for row in json.loads((out / "table.json").read_text())["rows"]] == ["no-conv4", "centre"]
     monkeypatch.setattr(matrix, "_alexnet", alexnet_)
-    (out / "runs" / "no-conv4-seed0" / "errors.json").write_text('{"name": "no-conv4"}')
-    done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-conv4")
-    assert done.exit_code == 2 and "damaged; remove it" in done.stderr
-    (out / "matrix.json").write_text("[1]")
-    done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-conv4")
-    assert done.exit_code == 2 and "matrix.json: damaged" in done.stderr
+    errors = out / "runs" / "no-conv4-seed0" / "errors.json"
+    good = json.loads(errors.read_text())
+    for bad in (5, [], {"name": "no-conv4"}, good | {"ten_views": "ab"}, good | {"centre": [float("nan"), 0]},
+                good | {"name": "tanh"}, good | {"seed": [1]}):
+        errors.write_text(json.dumps(bad))
+        done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-conv4")
+        assert done.exit_code == 2 and "damaged; remove it" in done.stderr, bad
+    for bad in ("[1]", "5", "null", "{}", "{"):
+        (out / "matrix.json").write_text(bad)
+        done = alexnet("ablate", shards, out, "--recipe", "tiny", "--epochs", "1", "--only", "no-conv4")
+        assert done.exit_code == 2 and "matrix.json: damaged" in done.stderr
 
 
 def test_what_cannot_be_run_is_told_before_anything_is_made(shards, tmp_path):

@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("layer, shape, backward_products", [
     (lambda exchange: JoinedLinear(12, 4, exchange, "layer"), (2, 6), 2),  # gradients of input and of weight
-    (lambda exchange: JoinedConv2d(6, 4, 3, 1, exchange, "layer"), (2, 3, 5, 5), 1),  # both in one operation
+    (lambda exchange: JoinedConv2d(6, 4, 3, 1, 1, exchange, "layer"), (2, 3, 5, 5), 1),  # both in one operation
 ])  # fmt: skip
 def test_transfers_are_hidden_behind_products(layer, shape, backward_products):
     """The own half is computed while the peer's is on its way, forward and backward."""

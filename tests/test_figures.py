@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from launch.cli import cli
-from launch.figures.curves import of_the_run
 from launch.figures.kernels import colour_selectivity, draw_kernels
+from launch.runlog import of_the_run
 from launch.weights.bundle import bundle_of_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -77,6 +77,15 @@ def test_all_figures_are_there_and_their_numbers_are_the_networks(made):
     assert all(len(one["guesses"]) == 5 for one in numbers["pictures"])
 
 
+def test_names_of_classes_that_are_formulas_or_no_text(made, tmp_path):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    described = json.loads((run / "run.json").read_text())
+    described["words"] = ["$\\frac{$", "a\ud800b", "<script>", "a\nb\x00", *described["words"][4:]]
+    (run / "run.json").write_text(json.dumps(described))
+    done = alexnet("figures", run, made / "shards", "--threads", "1")
+    assert done.exit_code == 0 and not done.stderr, done.output
+
+
 def test_two_towers_draw_the_same(made, torchrun, tmp_path):
     run = shutil.copytree(made / "run", tmp_path / "run")
     shutil.rmtree(run / "figures")
@@ -121,6 +130,13 @@ def test_a_report_of_a_run_that_has_only_begun(made, tmp_path):
         (run / "log.jsonl").write_text(f"{first}\n{line}\n")
         done = alexnet("report", run)
         assert done.exit_code == (0 if line in ("3", "[]") else 2) and len(done.stderr.splitlines()) == 1, line
+    for line in ('{"event": "steps", "step": 1}', '{"event": "steps"}\n{"event": "resume"}', '{"event": "failed"}'):
+        (run / "log.jsonl").write_text(f"{first}\n{line}\n")
+        done = alexnet("report", run)
+        assert done.exit_code == 2 and "is not what training writes" in done.stderr
+    page = (run / "report.html").read_bytes()
+    assert alexnet("report", run, "--out", run / "log.jsonl").exit_code == 2
+    assert (run / "log.jsonl").read_text().startswith(first) and (run / "report.html").read_bytes() == page
     (run / "manifest.json").write_text("{")
     done = alexnet("report", run)
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1

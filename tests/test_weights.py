@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sources_on_the_spot import picture
+from torch import nn
 
+from launch import checkpoint
 from launch.cli import cli
 from launch.errors import UserError
 from launch.run_folder import RunFolder
@@ -180,6 +183,79 @@ def test_a_state_dict_runs_no_code(tmp_path, monkeypatch):
     torch.save({"conv1.weight": Planted()}, tmp_path / "net.pt")
     done = alexnet("import", "net.pt", "run", "--recipe", "tiny")
     assert done.exit_code == 2 and "no readable state_dict" in done.stderr and not Path("planted").exists()
+
+
+@pytest.mark.parametrize("changed", [
+    {"step": -1}, {"step": "3"}, {"step": 10**300}, {"seed": -1}, {"wnids": 5}, {"wnids": "abcdefg"}, {"wnids": None},
+    {"words": [1] * CLASSES}, {"words": ["one"]}, {"data": None}, {"recipe": 5}, {"recipe": {"schedule": 5}},
+    {"recipe": {"kernels": [24.0, 64.0, 96.0, 96.0, 64.0]}}, {"recipe": {"kernels": [10**15] * 5}},
+    {"recipe": {"crop": 224.5}}, {"recipe": {"lrn_k": float("nan")}}, {"format": "other"}, 5, None, "text", [],
+], ids=str)
+def test_descriptions_that_are_damaged_are_told(run, tmp_path, changed):
+    bundle = bundle_of_run(run)
+    facts = json.loads(bundle.describe())
+    if isinstance(changed, dict):
+        recipe = changed.get("recipe")
+        facts |= changed | ({"recipe": facts["recipe"] | recipe} if isinstance(recipe, dict) else {})
+    else:
+        facts = changed
+    tensors = {**bundle.tensors, "mean": torch.from_numpy(bundle.mean)}
+    save_file(tensors, tmp_path / "net.safetensors", {"alexnet": json.dumps(facts)})
+    done = alexnet("import", tmp_path / "net.safetensors", tmp_path / "run")
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda tensor: tensor.to_sparse(), "no plain array"), (lambda tensor: tensor.to("meta"), "no plain array"),
+    (lambda tensor: tensor + 1j, "no plain array"), (lambda tensor: tensor.double() * 1e300, "finite"),
+    (lambda tensor: nn.Parameter(tensor), None), (lambda tensor: tensor.double(), None),
+    (lambda tensor: tensor.bfloat16(), None),
+], ids=["sparse", "meta", "complex", "too large", "parameter", "double", "bfloat16"])
+@pytest.mark.parametrize("name", ["mean", "conv2.bias"])
+def test_tensors_of_other_kinds(run, tmp_path, name, change, told):
+    bundle = bundle_of_run(run)
+    state = {**bundle.tensors, "mean": torch.from_numpy(bundle.mean)}
+    state["conv2.bias"] = torch.linspace(-1, 1, 64)
+    torch.save({**state, name: change(state[name])}, tmp_path / "net.pt")
+    (tmp_path / "classes.txt").write_text("".join(f"n{i}\n" for i in range(CLASSES)))
+    done = alexnet("import", tmp_path / "net.pt", tmp_path / "run", "--recipe", "tiny", "--classes",
+                   tmp_path / "classes.txt")
+    if told is None:
+        assert done.exit_code == 0, done.output
+    else:
+        assert done.exit_code == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.output
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"n1\nn1\n", b"\xff\xfe", None])
+def test_files_of_classes_that_are_none(run, tmp_path, content):
+    assert alexnet("export", run, tmp_path / "net.pt").exit_code == 0
+    if content is None:
+        os.mkfifo(tmp_path / "classes.txt")
+    else:
+        (tmp_path / "classes.txt").write_bytes(content)
+    done = alexnet("import", tmp_path / "net.pt", tmp_path / "run", "--recipe", "tiny", "--classes",
+                   tmp_path / "classes.txt")
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, done.output
+
+
+def test_an_import_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    assert alexnet("export", run, tmp_path / "net.safetensors").exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert alexnet("import", tmp_path / "net.safetensors", tmp_path / "again").exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
+    assert alexnet("import", tmp_path / "net.safetensors", tmp_path / "again").exit_code == 0
+
+
+def test_what_is_no_plain_file_is_not_replaced(run, tmp_path):
+    os.mkfifo(tmp_path / "net.pt")
+    done = alexnet("export", run, tmp_path / "net.pt")
+    assert done.exit_code == 2 and "not a plain file" in done.stderr and (tmp_path / "net.pt").is_fifo()
 
 
 def test_other_networks_are_refused(run, tmp_path):

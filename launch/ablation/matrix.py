@@ -15,11 +15,12 @@ from launch.environment import rank_and_size
 from launch.errors import RunFailed, UserError
 from model.ablations import ABLATIONS, ablated
 from model.recipe import recipe_named
-from pipeline.files import locked, write_durably
+from pipeline.files import TEMPORARY, locked, write_durably
 from pipeline.manifest import load_manifest
 
 # Killed with this process: there is never a second one at work in the same folder.
-_TORCHRUN = "from launch import environment, torchrun; environment.die_with_parent(); torchrun.main()"
+_TORCHRUN = ("from launch.environment import die_with_parent; die_with_parent({}); "
+             "from launch.torchrun import main; main()")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Matrix:
         except FileNotFoundError:
             write_durably(path, (json.dumps(mine, indent=1) + "\n").encode())
             return
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path}: damaged; restore it, or choose another folder") from None
         if not isinstance(theirs, dict) or theirs.keys() != mine.keys():
             raise UserError(f"{path}: damaged; restore it, or choose another folder")
@@ -63,7 +64,8 @@ def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: S
     _, data = load_manifest(shards)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: not a folder; choose another one")
-    if out.is_dir() and any(out.iterdir()) and not (out / "matrix.json").is_file():
+    held = [path.name for path in out.iterdir() if path.suffix != TEMPORARY] if out.is_dir() else []
+    if held and "matrix.json" not in held:
         raise UserError(f"{out}: holds files already, and no matrix of ablations; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     Matrix(recipe, epochs or base.epochs, data).write_or_compare(out / "matrix.json")
@@ -111,7 +113,7 @@ def _run(folder: Path, shards: Path, recipe: str, name: str, seed: int, epochs: 
 
 def _alexnet(processes: int, command: str, *arguments: str | Path) -> str:
     """Run a command of ours under torchrun; return what it prints. RunFailed where it fails."""
-    line = [sys.executable, "-c", _TORCHRUN, "--standalone", "--nproc-per-node", str(processes),
+    line = [sys.executable, "-c", _TORCHRUN.format(os.getpid()), "--standalone", "--nproc-per-node", str(processes),
             "-m", "launch.cli", command, *map(str, arguments)]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

@@ -31,6 +31,8 @@ class Outcome:
     def __post_init__(self):
         if not all(len(pair) == 2 and all(0 <= share <= 1 for share in pair) for pair in (self.ten_views, self.centre)):
             raise ValueError("errors are shares")
+        if not isinstance(self.name, str) or type(self.seed) is not int or type(self.images) is not int:
+            raise ValueError("no name, seed and number of images")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def outcomes(out: Path) -> list[Outcome]:
     for path in sorted(out.glob("runs/*/errors.json")):
         try:
             found.append(Outcome(**json.loads(path.read_bytes())))
-        except (ValueError, TypeError):
+            if path.parent.name != f"{found[-1].name}-seed{found[-1].seed}":
+                raise ValueError("of another run")
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}: damaged; remove it, and the run is evaluated again") from None
     return found
 

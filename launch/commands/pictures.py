@@ -99,7 +99,7 @@ def _leave_out(broken: list[Path], told: bool) -> Callable[[Path, str], None]:
     def leave_out(path: Path, reason: str) -> None:
         broken.append(path)
         if told:
-            click.echo(f"alexnet: {path}: {reason}; left out", err=True)
+            click.echo(" ".join(f"alexnet: {path}: {reason}; left out".splitlines()), err=True)
 
     return leave_out
 

@@ -6,17 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from launch.figures.drawing import figure
-
-
-def of_the_run(records: list[dict], event: str) -> list[dict]:
-    """Return a log's records of a kind, the steps after a resumed checkpoint once: as they were done last."""
-    kept: list[dict] = []
-    for record in records:
-        if record["event"] == "resume":
-            kept = [one for one in kept if one["step"] <= record["step"]]
-        elif record["event"] == event:
-            kept.append(record)
-    return kept
+from launch.runlog import of_the_run
 
 
 def draw_curves(records: list[dict]) -> Figure:

@@ -15,7 +15,7 @@ from launch.figures.drawing import save
 from launch.figures.kernels import draw_kernels
 from launch.figures.pictures import draw_guesses, draw_neighbours, stored_picture
 from launch.predict import ranked
-from launch.runlog import read_log
+from launch.runlog import NOT_OURS, odd_line, read_log
 from launch.similar import open_index
 from launch.trained import open_trained
 from launch.world import World
@@ -41,6 +41,10 @@ def make_figures(world: World, run_path: Path, shards: Path, pictures: int, seed
     if world.leads:
         check_files(shards, manifest.splits["val"].files)
     trained = open_trained(world, run_path, {"pictures": pictures, "seed": seed}, (shards, manifest, data))
+    try:
+        curves = draw_curves(read_log(trained.folder.log_path))
+    except NOT_OURS as error:
+        raise UserError(odd_line(trained.folder.log_path, error)) from None
     chosen = np.random.default_rng(seed).permutation(len(images))[:pictures]
     towers, kernels = trained.run.recipe.towers, trained.network.conv1.weight.detach().float()
     if world.exchange is not None:
@@ -71,7 +75,7 @@ def make_figures(world: World, run_path: Path, shards: Path, pictures: int, seed
         [[(words[training.labels[row]], float(distance), training.labels[row] == images.labels[i])
           for row, distance in zip(rows, distances)] for i, (rows, distances) in zip(chosen, found)],
     ), folder / "neighbours")
-    save(draw_curves(read_log(trained.folder.log_path)), folder / "curves")
+    save(curves, folder / "curves")
     write_durably(folder / "figures.json", (json.dumps({
         "checkpoint": trained.checkpoint.name, "colour_selectivity": selectivity,
         "pictures": [{"name": images.name(i), "wnid": truth.wnid, "guesses": [asdict(guess) for guess in of_one]}

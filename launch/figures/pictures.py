@@ -65,4 +65,5 @@ def _show(axes: Axes, picture: np.ndarray, title: str, colour: str) -> None:
 
 
 def _short(words: str, width: int) -> str:
+    words = "".join(letter if letter.isprintable() else " " for letter in words)
     return textwrap.shorten(words.split(",")[0], width, placeholder="…") or words[:width]

@@ -12,12 +12,11 @@ import jinja2
 import matplotlib
 
 from launch.errors import UserError
-from launch.figures.curves import draw_curves, of_the_run
+from launch.figures.curves import draw_curves
 from launch.recipe_text import shown
 from launch.report.published import PUBLISHED
 from launch.run_folder import Run, RunFolder
-from launch.runlog import read_log
-from model.errors import reason
+from launch.runlog import NOT_OURS, odd_line, of_the_run, read_log
 from model.recipe import PAPER, meanings
 from pipeline.errors import DataError
 from pipeline.files import write_durably
@@ -35,11 +34,13 @@ FIGURES = {
 
 def write_report(path: Path, out: Path) -> None:
     """Write the page of the run in `path` to `out`. UserError where there is no run, or no log of it."""
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"{out}: a report is a page: name a file that ends in .html")
     folder = RunFolder(path)
     run = folder.read()
     if not folder.log_path.is_file():
         raise UserError(f"{folder.log_path}: missing, and a report is made of it")
-    records = [record for record in read_log(folder.log_path) if isinstance(record, dict) and "event" in record]
+    records = read_log(folder.log_path)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
@@ -52,9 +53,8 @@ def write_report(path: Path, out: Path) -> None:
             starts=[record for record in records if record["event"] in ("start", "resume", "import")],
             failures=[record for record in records if record["event"] == "failed"],
             curves=_curves(records), figures=list(_figures(path / "figures")))
-    except (jinja2.UndefinedError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder.log_path}: a line of it is not what training writes ({reason(error)}); remove that "
-                        "line") from None
+    except (jinja2.UndefinedError, *NOT_OURS) as error:
+        raise UserError(odd_line(folder.log_path, error)) from None
     write_durably(out, page.encode())
 
 
@@ -108,7 +108,7 @@ def _figures(folder: Path):
     """Yield (name, caption, picture, its checkpoint) of those that `alexnet figures` has drawn."""
     try:
         checkpoint = json.loads((folder / "figures.json").read_bytes())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *NOT_OURS):
         return
     for name, caption in FIGURES.items():
         path = folder / f"{name}.png"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import shutil
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from launch.runlog import RunLog
 from model.recipe import Recipe
 from model.schedule import Progress
 from model.tower import whole_shapes
-from pipeline.files import sha256_of
+from pipeline.files import TEMPORARY, sha256_of
 from pipeline.manifest import IMAGE_SIZE
 
 FORMAT = "alexnet-two-towers 1"
@@ -52,14 +55,18 @@ class Bundle:
                 raise ValueError("another format")
             bundle = Bundle(tensors, mean, Recipe.from_dict(facts.pop("recipe")), **facts)
             Run(bundle.recipe, bundle.seed, bundle.wnids, bundle.words, bundle.data, "")  # ValueError for other types
-            if type(bundle.step) is not int or bundle.step < 0:
-                raise ValueError("its step is no number")
+            if type(bundle.step) is not int or not 0 <= bundle.step < 10**9:
+                raise ValueError("its step is no number of steps")
+            if type(bundle.wnids) is not list or type(bundle.words) is not list:
+                raise ValueError("its classes are no lists")
             return bundle
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{where}: what it says of itself is damaged ({error}); export it anew") from None
 
     def check(self, where: Path) -> None:
         """UserError where the numbers are not those of such a network."""
+        if not self.wnids or len(set(self.wnids)) != len(self.wnids):
+            raise UserError(f"{where}: names no classes, or one of them twice")
         shapes = whole_shapes(self.recipe, len(self.wnids))
         if missing := sorted(shapes.keys() - self.tensors.keys()):
             raise UserError(f"{where}: lacks {missing[0]}; it is no network of recipe {self.recipe.name}")
@@ -96,15 +103,23 @@ def write_run(bundle: Bundle, path: Path, source: Path) -> None:
     bundle.check(source)
     mean = io.BytesIO()
     np.save(mean, np.ascontiguousarray(bundle.mean, np.float32))
-    folder = RunFolder(path)
-    folder.check_new()
+    RunFolder(path).check_new()
     digest = hashlib.sha256(mean.getvalue()).hexdigest()
     run = Run(bundle.recipe, bundle.seed, bundle.wnids, bundle.words, bundle.data, digest)
-    folder.create(run, mean.getvalue())
     shapes = whole_shapes(bundle.recipe, len(bundle.wnids))
     velocities = {f"velocity.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     state = {"progress": asdict(Progress()), "trained_s": 0.0, **run.to_dict()}
-    checkpoint.save(folder.checkpoints, bundle.step, bundle.tensors | velocities,
-                    shapes | {f"velocity.{name}": shape for name, shape in shapes.items()}, state, keep=1)
-    with RunLog(folder.log_path) as log:
-        log.write("import", source=str(source), sha256=sha256_of(source), step=bundle.step, **run.to_dict())
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")  # whole under its name, or not at all
+    folder = RunFolder(temporary)
+    try:
+        folder.create(run, mean.getvalue())
+        checkpoint.save(folder.checkpoints, bundle.step, bundle.tensors | velocities,
+                        shapes | {f"velocity.{name}": shape for name, shape in shapes.items()}, state, keep=1)
+        with RunLog(folder.log_path) as log:
+            log.write("import", source=str(source), sha256=sha256_of(source), step=bundle.step, **run.to_dict())
+        if path.exists():
+            shutil.rmtree(path)  # what a kill at the start of a run left
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

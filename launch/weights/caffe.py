@@ -103,7 +103,7 @@ def _convert(layers: list[tuple[Message, str]]) -> tuple[dict[str, Tensor], Reci
     """Raises ValueError for what is computed otherwise."""
     tensors, norms, above = {}, [], None
     for layer, kind in layers:
-        _require(above is None or list(layer.bottom) == [above] and len(layer.top) == 1, layer, "is not in the chain")
+        _require(len(layer.top) == 1 and (above is None or list(layer.bottom) == [above]), layer, "is not in the chain")
         above = layer.top[0]
         if kind == "Convolution":
             p, (size, stride, pad, group) = layer.conv_param, _GEOMETRY[layer.name]
@@ -118,6 +118,7 @@ def _convert(layers: list[tuple[Message, str]]) -> tuple[dict[str, Tensor], Reci
             _require(p.norm_region == 0, layer, "is within channels")
             n, k = p.local_size if p.HasField("local_size") else 5, p.k if p.HasField("k") else 1.0
             alpha, beta = p.alpha if p.HasField("alpha") else 1.0, p.beta if p.HasField("beta") else 0.75
+            _require(0 < n < 100, layer, "has an odd window")
             norms.append((n, k, alpha / n, beta))
         elif kind == "Pooling":
             p = layer.pooling_param
@@ -148,7 +149,8 @@ def _require(fulfilled: bool, layer: Message, otherwise: str) -> None:
 
 
 def _add_blobs(tensors: dict[str, Tensor], layer: Message, outputs: int, rest: tuple[int, ...]) -> None:
-    arrays = [np.array(blob.data if len(blob.data) else blob.double_data, np.float32) for blob in layer.blobs]
+    with np.errstate(over="ignore"):  # what is not finite is told later
+        arrays = [np.array(blob.data if len(blob.data) else blob.double_data, np.float32) for blob in layer.blobs]
     _require(outputs > 0 and len(arrays) == 2 and arrays[1].size == outputs and arrays[0].size > 0
              and arrays[0].size % (outputs * abs(int(np.prod(rest)))) == 0, layer, "has no weights and biases that fit")
     tensors[f"{layer.name}.weight"] = torch.from_numpy(arrays[0].reshape(outputs, *rest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import logging
 import pprint
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 from launch.errors import UserError
 from launch.weights import standalone
 from launch.weights.bundle import Bundle, bundle_of_run
-from pipeline.files import creating, write_durably
+from pipeline.files import write_durably
 
 KINDS = {".safetensors": "weights", ".pt": "weights, a plain state_dict", ".onnx": "the network with its weights",
          ".py": "its code, which loads the first two"}
@@ -47,8 +48,9 @@ def _write_safetensors(bundle: Bundle, file: Path) -> None:
 
 
 def _write_state_dict(bundle: Bundle, file: Path) -> None:
-    with creating(file) as opened:
-        torch.save(_named(bundle), opened)
+    saved = io.BytesIO()
+    torch.save(_named(bundle), saved)
+    write_durably(file, saved.getvalue())
 
 
 def _config(bundle: Bundle) -> dict:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from launch.weights.bundle import Bundle, write_run
 from launch.weights.caffe import caffe_weights, read_mean
 from model.errors import reason
 from model.recipe import Recipe
+from pipeline.files import read_plain
 from pipeline.manifest import IMAGE_SIZE, load_manifest
 
 
@@ -54,7 +57,9 @@ def _read_safetensors(file: Path, given: Given) -> Bundle:
 
 def _read_state_dict(file: Path, given: Given) -> Bundle:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of all kinds, as the damage
         raise UserError(f"{file}: no readable state_dict ({reason(error)})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -69,14 +74,13 @@ def _read_onnx(file: Path, given: Given) -> Bundle:
 
     try:
         model = onnx.load(file)
-        arrays = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+        tensors = {one.name: torch.from_numpy(onnx.numpy_helper.to_array(one).copy()) for one in model.graph.initializer
+                   if one.name.partition(".")[2] in ("weight", "bias")}
     except Exception as error:  # of all kinds, as the damage
         raise UserError(f"{file}: no readable ONNX model ({reason(error)})") from None
     about = {entry.key: entry.value for entry in model.metadata_props}
     if not {"alexnet", "alexnet.mean"} <= about.keys():
         raise UserError(f"{file}: not an export of this project: its weights have no names that are known")
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()
-               if name.partition(".")[2] in ("weight", "bias")}
     try:
         tensors["mean"] = torch.from_numpy(np.frombuffer(base64.b64decode(about["alexnet.mean"]), np.float32).reshape(
             IMAGE_SIZE, IMAGE_SIZE, 3).copy())
@@ -96,7 +100,7 @@ def _read_caffe(file: Path, given: Given) -> Bundle:
 
 
 def _described(file: Path, tensors: dict[str, Tensor], about: str) -> Bundle:
-    tensors = _floats(tensors)
+    tensors = _floats(file, tensors)
     if "mean" not in tensors:
         raise UserError(f"{file}: lacks the mean image; export it anew")
     mean = tensors.pop("mean").numpy()
@@ -106,7 +110,7 @@ def _described(file: Path, tensors: dict[str, Tensor], about: str) -> Bundle:
 def _undescribed(file: Path, tensors: dict[str, Tensor], given: Given) -> Bundle:
     if given.recipe is None:
         raise UserError(f"{file}: does not say what it is; name its recipe with --recipe")
-    tensors = _floats(tensors)
+    tensors = _floats(file, tensors)
     mean = tensors.pop("mean", None)
     wnids, words = _classes(file, given)
     if given.mean is not None or given.shards is not None:
@@ -116,14 +120,20 @@ def _undescribed(file: Path, tensors: dict[str, Tensor], given: Given) -> Bundle
     return Bundle(tensors, mean.numpy(), given.recipe, wnids, words)
 
 
-def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+def _floats(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """UserError for tensors of other kinds."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized or (
+            tensor.is_complex()
+        ):
+            raise UserError(f"{file}: {name} is no plain array of real numbers")
+    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
 
 
 def _classes(file: Path, given: Given) -> tuple[list[str], list[str]]:
     if given.classes is not None:
         try:
-            lines = [line.split(maxsplit=1) for line in given.classes.read_text(encoding="utf-8").splitlines() if line]
+            lines = [line.split(maxsplit=1) for line in read_plain(given.classes).decode().splitlines() if line]
             wnids, words = [line[0] for line in lines], [line[1] if line[1:] else "" for line in lines]
         except (OSError, ValueError, IndexError) as error:
             raise UserError(f"{given.classes}: no lines of wnid and words ({reason(error)})") from None
@@ -132,8 +142,6 @@ def _classes(file: Path, given: Given) -> tuple[list[str], list[str]]:
         wnids, words = [c.wnid for c in manifest.classes], [c.words for c in manifest.classes]
     else:
         raise UserError(f"{file}: does not say what its classes are; name --classes FILE or --shards SHARDS")
-    if len(set(wnids)) != len(wnids):
-        raise UserError(f"{given.classes}: names a class twice")
     return wnids, words
 
 
@@ -144,6 +152,10 @@ def _mean(given: Given) -> np.ndarray:
     if given.mean.suffix == ".binaryproto":
         return read_mean(given.mean)
     try:
-        return np.asarray(np.load(given.mean, allow_pickle=False), np.float32)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{given.mean}: no readable array ({reason(error)})") from None
+        array = np.load(io.BytesIO(read_plain(given.mean)), allow_pickle=False)
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"of {array.dtype}")
+        with np.errstate(over="ignore"):  # told later: infinite
+            return array.astype(np.float32)
+    except Exception as error:  # of all kinds, as the damage
+        raise UserError(f"{given.mean}: no readable array of real numbers ({reason(error)})") from None
