@@ -109,6 +109,7 @@ def write_run(bundle: Bundle, path: Path, source: Path) -> None:
     shapes = whole_shapes(bundle.recipe, len(bundle.wnids))
     velocities = {f"velocity.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     state = {"progress": asdict(Progress()), "trained_s": 0.0, **run.to_dict()}
+    path = path.resolve()
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")  # whole under its name, or not at all
     folder = RunFolder(temporary)
     try:
