@@ -11,7 +11,7 @@ from launch.commands.options import FOLDER
 
 @click.command()
 @click.argument("run", type=FOLDER)
-@click.option("--out", type=FOLDER, help="The file; default: RUN/report.html.")
+@click.option("--out", type=FOLDER, help="The file, which ends in .html; default: RUN/report.html.")
 def report(run: Path, out: Path | None) -> None:
     """Write one HTML page of RUN, to be read anywhere without a network.
 
