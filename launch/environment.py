@@ -14,6 +14,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step in place of returning it to the kernel.
+
+    By default each large tensor's memory is mapped, filled with zeros page by page and given back: a quarter of the
+    time of a full-width step on the CPU. Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
 def from_environment(name: str, default: int, least: int, most: int) -> int:
     """Return a number that torchrun sets; UserError for what is none."""
     text = os.environ.get(name, str(default))

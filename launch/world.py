@@ -13,7 +13,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from launch.environment import die_with_torchrun, from_environment, local_size, rank_and_size, usable_cores
+from launch.environment import (
+    die_with_torchrun,
+    from_environment,
+    keep_freed_memory,
+    local_size,
+    rank_and_size,
+    usable_cores,
+)
 from launch.errors import UserError
 from model.errors import PeerError, reason
 from model.exchange import Exchange
@@ -123,6 +130,7 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     if size > 2:
         raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
     die_with_torchrun()
+    keep_freed_memory()
     chosen = device_named(device)
     if chosen.type == "cuda" and transport == "gloo" or chosen.type == "cpu" and transport == "nccl":
         raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
