@@ -48,17 +48,21 @@ def bench_loader(shards: Path, **settings) -> None:
 
 @bench.command("step")
 @click.option("--recipe", default="notes", show_default=True)
+@click.option("--ablation", help="One change to the recipe: one of those of `alexnet ablate`, as no-lrn.")
 @click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others.")
 @process_options
-def bench_step(recipe: str, classes: int, steps: int, **process) -> None:
+def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""
     from launch.bench.step import step_speed
     from launch.world import join_world
+    from model.ablations import ablated
     from model.recipe import recipe_named
 
     chosen = recipe_named(recipe)
+    if ablation is not None:
+        chosen = ablated(chosen, ablation)
     with join_world(**process) as world:
         found = step_speed(world, chosen, classes, steps)
     if world.leads:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(found | {"ablation": ablation}))
