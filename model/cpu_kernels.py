@@ -1,8 +1,8 @@
-"""Response normalisation on the CPU in one pass over memory, forward and backward, compiled by Numba.
+"""Response normalisation, forward and backward, and the update rule on the CPU, each in one pass over memory (Numba).
 
-Layout: [places, C] in single precision, the channels of a place side by side. A few places at a time go through
-buffers that stay in a core's first cache, so that memory is read and written once. Loops run over places and
-channels alike; what a window must not reach (the next place, the other tower) is multiplied by a zero of `near`.
+The normalisation's arrays are [places, C] in single precision, the channels of a place side by side. A few places at a
+time go through buffers that stay in a core's first cache, so that memory is read and written once. Loops run over places
+and channels alike; what a window must not reach (the next place, the other tower) is multiplied by a zero of `near`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _fourth_root_of_inverse(s):
 
 
 @numba.njit(**_compiled)
-def forward(x, y, near, k, alpha, floor):
+def normalise(x, y, near, k, alpha, floor):
     """Write a / (k + alpha sum a^2)^(3/4) to y; a is x, but at least `floor`. x, y [places, C]."""
     size = near.shape[1]
     k, alpha, floor = float32(k), float32(alpha), float32(floor)
@@ -77,7 +77,7 @@ def forward(x, y, near, k, alpha, floor):
 
 
 @numba.njit(**_compiled)
-def backward(x, grad, grad_x, near, k, alpha, floor):
+def normalise_backward(x, grad, grad_x, near, k, alpha, floor):
     """Write dL/dx to grad_x, from x and grad = dL/dy. All [places, C]. Nothing but x is needed of the forward pass."""
     size = near.shape[1]
     k, alpha, floor, factor = float32(k), float32(alpha), float32(floor), float32(1.5 * alpha)  # 2 alpha beta
@@ -107,3 +107,13 @@ def backward(x, grad, grad_x, near, k, alpha, floor):
         for i in range(length):
             total = through[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
             out[i] = float32(0) if here[i] <= floor else direct[i] - factor * here[i] * total
+
+
+@numba.njit(**_compiled)
+def momentum_update(weight, velocity, grad, momentum, decay, rate):
+    """v <- momentum v - decay w - rate g ; w <- w + v, in place (section 5). All flat, of one length."""
+    momentum, decay, rate = float32(momentum), float32(decay), float32(rate)
+    for i in range(weight.size):
+        v = momentum * velocity[i] - decay * weight[i] - rate * grad[i]
+        velocity[i] = v
+        weight[i] += v

@@ -7,12 +7,13 @@ of memory; anything else goes through torch's operations. Shapes: N images, C ch
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from model.compiled import compiled_kernels, on_all_threads
 
 CACHE_BLOCK_BYTES = 1 << 20
 
@@ -48,16 +49,6 @@ def _window(channels: int, n: int, towers: int, dtype: torch.dtype, device: torc
     return (near & same_tower).to(dtype)
 
 
-@functools.cache
-def compiled_kernels() -> ModuleType | None:
-    """Return model.cpu_kernels, or None where there is no Numba."""
-    try:
-        from model import cpu_kernels
-    except ImportError:
-        return None
-    return cpu_kernels
-
-
 class _CompiledResponseNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernels: ModuleType, n: int, towers: int, k: float, alpha: float,
@@ -66,7 +57,7 @@ class _CompiledResponseNorm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.kernels, ctx.settings = kernels, (_window_factors(x.shape[1], n, towers), k, alpha, floor)
         y = torch.empty_like(x)
-        _on_all_threads(kernels.forward, (x, y), ctx.settings)
+        on_all_threads(kernels.normalise, (_places(x), _places(y)), *ctx.settings)
         return y
 
     @staticmethod
@@ -74,31 +65,14 @@ class _CompiledResponseNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        _on_all_threads(ctx.kernels.backward, (x, grad.contiguous(memory_format=torch.channels_last), grad_x),
-                        ctx.settings)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        on_all_threads(ctx.kernels.normalise_backward, (_places(x), _places(grad), _places(grad_x)), *ctx.settings)
         return grad_x, None, None, None, None, None, None
 
 
 @functools.cache
 def _window_factors(channels: int, n: int, towers: int):
     return compiled_kernels().window_factors(channels, n, towers)
-
-
-def _on_all_threads(kernel, tensors: tuple[Tensor, ...], settings: tuple) -> None:
-    """Run `kernel` over the places of channels_last tensors, an equal part on each of torch's threads."""
-    arrays = [_maps_last(tensor).flatten(0, 2).numpy() for tensor in tensors]
-    threads, places = torch.get_num_threads(), len(arrays[0])
-    if threads == 1:
-        kernel(*arrays, *settings)
-        return
-    cuts = [places * i // threads for i in range(threads + 1)]
-    parts = [[array[first:last] for array in arrays] for first, last in zip(cuts, cuts[1:])]
-    list(_pool(threads).map(lambda part: kernel(*part, *settings), parts))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "normalise")
 
 
 class _ResponseNorm(torch.autograd.Function):
@@ -138,6 +112,10 @@ def _blocks(x: Tensor) -> list[slice]:
 
 def _maps_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1)  # [N, H, W, C]: contiguous where x is channels_last
+
+
+def _places(x: Tensor) -> Tensor:
+    return _maps_last(x).flatten(0, 2)  # [N H W, C], a view of channels_last
 
 
 def _power(d: Tensor, beta: float) -> Tensor:
