@@ -1,8 +1,8 @@
 """Response normalisation, forward and backward, and the update rule on the CPU, each in one pass over memory (Numba).
 
 The normalisation's arrays are [places, C] in single precision, the channels of a place side by side. A few places at a
-time go through buffers that stay in a core's first cache, so that memory is read and written once. Loops run over places
-and channels alike; what a window must not reach (the next place, the other tower) is multiplied by a zero of `near`.
+time go through buffers that stay in a core's first cache, so that memory is read and written once. Loops run over
+places and channels alike; what a window must not reach (the next place, the other tower) is multiplied by a zero of `near`.
 """
 
 from __future__ import annotations
