@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Dropout, LocalResponseNorm, MapNorm
+from model.layers import Dropout, MapNorm
 from model.random import generator
 from model.recipe import CONVOLUTIONS, LAYERS, Recipe
+from model.response_norm import LocalResponseNorm
 
 
 class Convolution(NamedTuple):
@@ -83,13 +84,19 @@ class AlexNet(nn.Module):
         if self.lrn_before_relu:
             x = self.activate(self.pool(self.lrn(x)))  # 96 x 27 x 27
         else:
-            x = self.pool(self.lrn(self.activate(x)))
-        x = self.pool(self.map_norm(self.lrn(self.activate(self.conv2(x)))))  # 256 x 27 x 27 -> 256 x 13 x 13
+            x = self.pool(self._normalised(x))
+        x = self.pool(self.map_norm(self._normalised(self.conv2(x))))  # 256 x 27 x 27 -> 256 x 13 x 13
         for name in self.upper:  # 384 x 13 x 13, where conv3 reads both towers; again; 256 x 13 x 13
             x = self.activate(self.get_submodule(name)(x))
         x = self.pool(x).flatten(1)  # 256 x 6 x 6
         x = self.drop6(self.activate(self.fc6(x)), step)  # 4096; reads both
         return self.drop7(self.activate(self.fc7(x)), step)  # 4096; reads both
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """Return lrn(activate(x)): in one pass where that is ReLU and there is a normalisation."""
+        if self.activate is F.relu and not isinstance(self.lrn, nn.Identity):
+            return self.lrn(x, relu=True)
+        return self.lrn(self.activate(x))
 
 
 def initialise(network: nn.Module, whole_shapes: dict, recipe: Recipe, seed: int, tower: int | None = None) -> None:

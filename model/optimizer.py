@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from model.compiled import compiled_kernels, on_all_threads
 from model.recipe import Recipe
 from model.schedule import ByHand, Moment
 
@@ -53,11 +54,23 @@ class MomentumSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters that have a gradient."""
+        """Update the parameters that have a gradient: on the CPU in one pass over memory."""
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            velocities = [self.state[p]["velocity"] for p in parameters]
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, parameters, alpha=-group["weight_decay"] * group["lr"])
-            torch._foreach_add_(velocities, [p.grad for p in parameters], alpha=-group["lr"])
-            torch._foreach_add_(parameters, velocities)
+            momentum, decay, rate = group["momentum"], group["weight_decay"] * group["lr"], group["lr"]
+            rest = []
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                tensors = parameter, self.state[parameter]["velocity"], parameter.grad
+                if all(map(_suits_a_kernel, tensors)) and (kernels := compiled_kernels()):
+                    on_all_threads(kernels.momentum_update, [t.view(-1) for t in tensors], momentum, decay, rate)
+                else:
+                    rest.append(tensors)
+            if rest:
+                parameters, velocities, gradients = map(list, zip(*rest))
+                torch._foreach_mul_(velocities, momentum)
+                torch._foreach_add_(velocities, parameters, alpha=-decay)
+                torch._foreach_add_(velocities, gradients, alpha=-rate)
+                torch._foreach_add_(parameters, velocities)
+
+
+def _suits_a_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.exchange import Exchange
-from model.layers import LocalResponseNorm
 from model.network import AlexNet, convolutions, initialise
 from model.recipe import Recipe
+from model.response_norm import LocalResponseNorm
 
 
 class JoinedConv2d(nn.Conv2d):
@@ -52,7 +52,7 @@ class JoinedResponseNorm(nn.Module):
         super().__init__()
         self.norm, self.exchange = norm, exchange
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         reach, maps = self.norm.n // 2, x.shape[1]
         if self.exchange.tower == 0:
             inner, edge = x.split([maps - reach, reach], 1)
@@ -61,8 +61,8 @@ class JoinedResponseNorm(nn.Module):
         edge, pending = self.exchange.start(edge, "edge of a window")
         peer = self.exchange.finish(pending)
         if self.exchange.tower == 0:
-            return self.norm(torch.cat([inner, edge, peer], 1))[:, :maps]
-        return self.norm(torch.cat([peer, edge, inner], 1))[:, reach:]
+            return self.norm(torch.cat([inner, edge, peer], 1), relu)[:, :maps]
+        return self.norm(torch.cat([peer, edge, inner], 1), relu)[:, reach:]
 
 
 def _columns(weight: Tensor, tower: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.layers import CACHE_BLOCK_BYTES, Dropout, LocalResponseNorm, MapNorm
+from model import response_norm
+from model.layers import Dropout, MapNorm
+from model.response_norm import CACHE_BLOCK_BYTES, LocalResponseNorm
 
 
 def slow_response_norm(x, k, n, alpha, beta, towers):
@@ -67,6 +69,55 @@ def test_response_norm_is_the_same_in_blocks():
         y_alone.square().sum().backward()
         torch.testing.assert_close(y[i : i + 1], y_alone, rtol=1e-13, atol=0)
         torch.testing.assert_close(x.grad[i : i + 1], alone.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels, towers, n, size", [
+    (96, 2, 5, 55), (48, 1, 5, 55), (10, 2, 5, 7), (7, 1, 5, 5), (6, 2, 3, 9), (2, 2, 5, 4), (1, 1, 5, 3), (8, 1, 1, 5),
+    (2050, 2, 5, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_compiled_response_norm_is_the_formula(channels, towers, n, size, relu, memory_format):
+    x = (torch.randn(2, channels, size, size + 2) * 100).to(memory_format=memory_format).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    grad = torch.randn(x.shape)
+    norm = LocalResponseNorm(2.0, n, 1e-3, 0.75, towers)
+    y, expected = norm(x, relu), norm(exact.relu() if relu else exact)
+    assert "Compiled" in type(y.grad_fn).__name__ and "Compiled" not in type(expected.grad_fn).__name__
+    y.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2e-5, atol=1e-6)
+
+
+def test_compiled_response_norm_over_the_range_of_floats():
+    x = torch.tensor([1e-20, 1e-3, 1.0, 1e3, 1e9, 1e15]).reshape(6, 1, 1, 1)
+    for k in (1e-6, 1.0, 1e6):
+        norm = LocalResponseNorm(k, 5, 1e-4, 0.75, 1)
+        torch.testing.assert_close(norm(x).double(), norm(x.double()), rtol=2e-6, atol=0)
+    assert norm(torch.full((1, 3, 1, 1), float("nan")), relu=True).isnan().all()
+
+
+def test_compiled_response_norm_is_the_same_on_any_number_of_threads(monkeypatch):
+    x, grad = torch.randn(3, 20, 13, 13), torch.randn(3, 20, 13, 13)
+
+    def results(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        own = x.clone().requires_grad_()
+        y = LocalResponseNorm(2.0, 5, 0.1, 0.75, 2)(own, relu=True)
+        y.backward(grad)
+        return y, own.grad
+
+    for threads in (2, 3, 7):
+        assert all(map(torch.equal, results(threads), results(1)))
+    assert LocalResponseNorm(2.0, 5, 0.1, 0.75, 2)(x[:0]).shape == (0, 20, 13, 13)
+
+
+def test_response_norm_without_numba_is_the_same(monkeypatch):
+    x, norm = torch.randn(3, 20, 13, 13) * 30, LocalResponseNorm(2.0, 5, 0.01, 0.75, 2)
+    compiled = norm(x, relu=True)
+    monkeypatch.setattr(response_norm, "compiled_kernels", lambda: None)
+    torch.testing.assert_close(norm(x, relu=True), compiled, rtol=3e-6, atol=1e-7)
 
 
 def test_dropout_towers_drop_what_the_whole_drops():

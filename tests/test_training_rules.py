@@ -47,6 +47,28 @@ def test_update_rule_is_not_torchs_after_a_change_of_rate():
     assert (ours - theirs).abs().item() > 0.01
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_compiled_update_is_the_rule(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    shapes = (1001, 37), (5,), (8, 3, 11, 11)
+    singles = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    doubles = [single.detach().double().requires_grad_() for single in singles]
+    optimizers = [MomentumSGD(parameters, lr=0.01) for parameters in (singles, doubles)]
+    for rate in (0.01, 0.01, 0.001, 0.0):
+        for single, double in zip(singles, doubles):
+            single.grad = torch.randn(single.shape)
+            if single.dim() == 4:  # not contiguous: torch's way
+                single.grad = single.grad.contiguous(memory_format=torch.channels_last)
+            double.grad = single.grad.double()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    for single, double in zip(singles, doubles):
+        torch.testing.assert_close(single.double(), double, rtol=1e-6, atol=1e-6)
+        velocities = optimizers[0].state[single]["velocity"], optimizers[1].state[double]["velocity"]
+        torch.testing.assert_close(velocities[0].double(), velocities[1], rtol=1e-5, atol=1e-8)
+
+
 def run_plateau(schedule, errors):
     progress, rates = Progress(), []
     for epoch, error in enumerate(errors):

@@ -1,0 +1,38 @@
+"""The compiled kernels of model.cpu_kernels, where Numba is there for them, and how they run on torch's threads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def compiled_kernels() -> ModuleType | None:
+    """Return model.cpu_kernels, or None where there is no Numba."""
+    try:
+        from model import cpu_kernels
+    except ImportError:
+        return None
+    return cpu_kernels
+
+
+def on_all_threads(kernel: Callable, tensors: tuple[Tensor, ...], *settings) -> None:
+    """Run `kernel(*arrays, *settings)` on CPU tensors of one length, an equal part on each of torch's threads."""
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    threads, length = torch.get_num_threads(), len(arrays[0])
+    if threads == 1:
+        kernel(*arrays, *settings)
+        return
+    cuts = [length * i // threads for i in range(threads + 1)]
+    parts = [[array[first:last] for array in arrays] for first, last in zip(cuts, cuts[1:])]
+    list(_pool(threads).map(lambda part: kernel(*part, *settings), parts))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "kernels")
