@@ -16,6 +16,7 @@ from tqdm import tqdm
 from launch import checkpoint, facts
 from launch.errors import RunFailed, UserError
 from launch.evaluate import Errors, error_rates
+from launch.precision import MIXED
 from launch.progress import check_with_bar
 from launch.run_folder import Run, RunFolder
 from launch.runlog import Interval, RunLog
@@ -23,8 +24,8 @@ from launch.world import World
 from model.optimizer import optimizer_of, set_rates
 from model.recipe import Recipe
 from model.schedule import Moment, Progress
-from model.softmax import cross_entropy
 from model.tower import build, whole_shapes
+from model.training import TrainingStep
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.manifest import FILE_NAME, Manifest, load_manifest
@@ -69,8 +70,8 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
             folder.check_new()
     trainer = Trainer(world, shards, manifest, run, folder, options)
     world.agree({"recipe": run.recipe.to_dict(), "seed": run.seed, "data": data, "code": facts.code_hash(),
-                 "torch": torch.__version__, "transport": world.transport, "stop_after": options.stop_after,
-                 "start": newest.name if newest else None})
+                 "torch": torch.__version__, "transport": world.transport, "precision": world.precision,
+                 "stop_after": options.stop_after, "start": newest.name if newest else None})
     world.connect(run.recipe.towers)
     if world.leads and not options.resume:
         folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())
@@ -157,8 +158,11 @@ class Trainer:
     def _build(self, newest: Path | None) -> None:
         network = build(self.recipe, self.classes, self.identity.seed, self.world.exchange)
         shapes = whole_shapes(self.recipe, self.classes)
+        network.mixed = MIXED.get(self.world.precision)
         self.network = network.to(self.world.device)
         self.optimizer = optimizer_of(self.network, self.recipe)
+        self.train_step = TrainingStep(self.network, self.optimizer, self.world.first_class(self.classes),
+                                       self.world.exchange)
         self.tensors: dict[str, Tensor] = {}  # what a checkpoint holds
         for name, parameter in self.network.named_parameters():
             self.tensors[name] = parameter.detach()
@@ -171,6 +175,8 @@ class Trainer:
             try:
                 self.step, self.progress = state["step"], Progress(**state["progress"])
                 self.trained_s = float(state["trained_s"])
+                if self.train_step.loss_scale and state.get("loss_scale"):
+                    self.train_step.loss_scale.scale = float(state["loss_scale"])
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{newest}: damaged ({type(error).__name__}: {error}); remove it to use the one "
                                 "before") from None
@@ -181,13 +187,7 @@ class Trainer:
         self.rate = set_rates(self.optimizer, self.recipe, Moment(self.step, self.total_steps, epoch, self.progress))
         if self.recipe.colour_shrink != 1 and self.batches.has_lighting(epoch):
             pixels.div_(self.recipe.colour_shrink)
-        self.network.train()
-        self.optimizer.zero_grad()
-        logits = self.network(pixels, self.step)
-        loss, right = cross_entropy(logits, labels, self.world.first_class(self.classes), self.world.exchange)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach(), right
+        return self.train_step(pixels, labels, self.step)
 
     def _control(self, pixels: Tensor, labels: Tensor, due: bool, interval: Interval) -> bool:
         """Compare notes with the other tower: the batch, the health, and whether either wants a checkpoint."""
@@ -226,7 +226,9 @@ class Trainer:
         return errors
 
     def _save(self) -> None:
-        state = {"progress": asdict(self.progress), "trained_s": self.trained_s, **self.identity.to_dict()}
+        scale = self.train_step.loss_scale
+        state = {"progress": asdict(self.progress), "trained_s": self.trained_s,
+                 "loss_scale": scale.scale if scale else None, **self.identity.to_dict()}
         path = checkpoint.save(self.folder.checkpoints, self.step, self.tensors, self.shapes, state, self.options.keep)
         self.log.write("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
 
@@ -235,8 +237,9 @@ class Trainer:
         self.log.write(
             "resume" if newest else "start", command=facts.command(), commit=facts.commit(), code=facts.code_hash(),
             versions=facts.versions(), hardware=facts.hardware(world.device), processes=world.size,
-            threads=world.threads, device=str(world.device), transport=world.transport if world.size > 1 else None,
-            step=self.step, steps_per_epoch=self.steps_per_epoch, images=len(self.training), **self.identity.to_dict())
+            threads=world.threads, device=str(world.device), precision=world.precision,
+            transport=world.transport if world.size > 1 else None, step=self.step,
+            steps_per_epoch=self.steps_per_epoch, images=len(self.training), **self.identity.to_dict())
 
     def _log_interval(self, interval: Interval, bar: tqdm) -> None:
         figures = interval.figures()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from launch import checkpoint, facts
 from launch.errors import UserError
+from launch.precision import MIXED
 from launch.run_folder import Run, RunFolder
 from launch.world import World
 from model.network import AlexNet
@@ -54,7 +55,7 @@ class Trained:
     @torch.no_grad()
     def last_hidden(self, pixels: Tensor) -> Tensor:
         """Return [N, F], what fc8 reads of both towers; the same in both processes."""
-        return joined(self.network.hidden(pixels), self.run.recipe.neurons[1], self.world.exchange)
+        return joined(self.network.hidden(pixels).float(), self.run.recipe.neurons[1], self.world.exchange)
 
 
 def open_trained(world: World, path: Path, agreed: dict, shards: tuple[Path, Manifest, str] | None = None) -> Trained:
@@ -75,7 +76,8 @@ def open_trained(world: World, path: Path, agreed: dict, shards: tuple[Path, Man
             print(f"note: {where} are not the shards that {path} was trained on", file=sys.stderr)
         agreed = {**agreed, "data": data}
     mean = folder.mean(run)
-    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "code": facts.code_hash(), **agreed})
+    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "code": facts.code_hash(),
+                 "precision": world.precision, **agreed})
     world.connect(run.recipe.towers)
     return Trained(world, folder, run, newest, mean, load_network(newest, run, world).eval())
 
@@ -85,4 +87,5 @@ def load_network(newest: Path, run: Run, world: World) -> AlexNet:
     network = build(run.recipe, len(run.wnids), run.seed, world.exchange)
     checkpoint.load(newest, {name: parameter.detach() for name, parameter in network.named_parameters()},
                     whole_shapes(run.recipe, len(run.wnids)))
+    network.mixed = MIXED.get(world.precision)
     return network.to(world.device)

@@ -22,6 +22,7 @@ from launch.environment import (
     usable_cores,
 )
 from launch.errors import UserError
+from launch.precision import choose_precision
 from model.errors import PeerError, reason
 from model.exchange import Exchange
 
@@ -45,6 +46,7 @@ class World:
     transport: str
     store: dist.Store | None = None
     exchange: Exchange | None = None
+    precision: str = "fp32"
 
     @property
     def leads(self) -> bool:
@@ -121,10 +123,11 @@ def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
 
 
 @contextmanager
-def join_world(device: str | None, transport: str, timeout_s: float, threads: int | None) -> Iterator[World]:
+def join_world(device: str | None, transport: str, timeout_s: float, threads: int | None,
+               precision: str | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
-    UserError for more than two processes, or a device or transport that is not to be had here.
+    UserError for more than two processes, or a device, transport or precision that is not to be had here.
     """
     rank, size = rank_and_size()
     if size > 2:
@@ -138,7 +141,9 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
         raise UserError("--transport nccl needs a GPU for each process: use rpc")
     threads = threads or max(1, usable_cores() // local_size())
     torch.set_num_threads(threads)
-    world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s))
+    precision = choose_precision(precision, chosen)
+    world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s),
+                  precision=precision)
     yield world
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
     if world.exchange is not None:

@@ -46,8 +46,11 @@ class AlexNet(nn.Module):
     """Krizhevsky, Sutskever and Hinton (2012), figure 2. Grouped layers read their own tower only.
 
     `forward(images [N, 3, 224, 224], step)` -> logits [N, classes]. `step` is the number of the
-    training step, from which dropout masks are drawn; in evaluation it is not used.
+    training step, from which dropout masks are drawn; in evaluation it is not used. With `mixed` set to bfloat16 or
+    float16, convolutions and products have factors of that type (torch.autocast); weights and logits keep theirs.
     """
+
+    mixed: torch.dtype | None = None
 
     def __init__(self, recipe: Recipe, classes: int, seed: int = 0):
         super().__init__()
@@ -74,10 +77,19 @@ class AlexNet(nn.Module):
         self.drop7 = Dropout(recipe.dropout, recipe.neurons[1], seed, "fc7", tower)
 
     def forward(self, images: Tensor, step: int = 0) -> Tensor:
-        return self.fc8(self.hidden(images, step))  # classes; reads both
+        with self._autocast(images):
+            logits = self.fc8(self._hidden(images, step))  # classes; reads both
+        return logits.float() if self.mixed else logits
 
     def hidden(self, images: Tensor, step: int = 0) -> Tensor:
         """Return what fc8 reads, [N, F]: the last hidden layer's outputs, of this module's neurons."""
+        with self._autocast(images):
+            return self._hidden(images, step)
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, self.mixed, enabled=self.mixed is not None)
+
+    def _hidden(self, images: Tensor, step: int) -> Tensor:
         missing = 227 - images.shape[-1]  # 3 of 224: the paper's 224 -> 55 is a rounding up
         x = F.pad(images, (0, missing, 0, missing))  # 3 x 227 x 227
         x = self.conv1(x)  # 96 x 55 x 55

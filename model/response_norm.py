@@ -30,7 +30,13 @@ class LocalResponseNorm(nn.Module):
         self.k, self.n, self.alpha, self.beta, self.towers = k, n, alpha, beta, towers
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """With `relu`, the normalisation of max(x, 0). In channels_last where x is, or a kernel takes it."""
+        """With `relu`, the normalisation of max(x, 0). In channels_last where x is, or a kernel takes it.
+
+        Half-precision numbers are normalised in single precision: theirs cannot tell 2 from 2.003.
+        """
+        if x.dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.float(), relu).to(x.dtype)
         if (x.device.type == "cpu" and x.dtype == torch.float32 and self.beta == 0.75 and self.n <= 5
                 and (kernels := compiled_kernels())):
             return _CompiledResponseNorm.apply(x, kernels, self.n, self.towers, self.k, self.alpha,

@@ -40,6 +40,13 @@ def test_full_width_in_single_precision(torchrun):
         assert min(record["weight"]) < 1e-5 and max(record["weight"]) < 0.05, record
 
 
+@pytest.mark.parametrize("transport", ["rpc", "gloo"])
+def test_towers_in_mixed_precision(torchrun, transport):
+    """Messages are bfloat16 then, and so is the rounding where the halves of conv3 are added: 1/256 of a number."""
+    for record in compare(torchrun, "tiny", "0.5", "bfloat16", 7, 16, transport, "cpu"):
+        assert max(record["loss"]) < 5e-3 and max(record["gradient"]) < 0.8, record
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("transport", ["rpc", "rpc-staged"])
 def test_towers_equal_the_whole_on_gpus(torchrun, transport):

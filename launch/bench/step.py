@@ -8,19 +8,22 @@ import torch
 
 from launch import facts
 from launch.bench.report import result, spread
+from launch.precision import MIXED
 from launch.world import World
 from model.optimizer import optimizer_of
 from model.recipe import Recipe
-from model.softmax import cross_entropy
 from model.tower import build
+from model.training import TrainingStep
 
 
 def step_speed(world: World, recipe: Recipe, classes: int, steps: int) -> dict:
     """Train on one made-up batch, whole network or two towers, and say how long the peer was waited for."""
-    world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "code": facts.code_hash()})
+    world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "code": facts.code_hash(),
+                 "precision": world.precision})
     world.connect()
-    network = build(recipe, classes, 0, world.exchange).to(world.device).train()
-    optimizer = optimizer_of(network, recipe)
+    network = build(recipe, classes, 0, world.exchange).to(world.device)
+    network.mixed = MIXED.get(world.precision)
+    train_step = TrainingStep(network, optimizer_of(network, recipe), world.first_class(classes), world.exchange)
     random = torch.Generator().manual_seed(0)
     pixels = torch.randn(recipe.batch, 3, 224, 224, generator=random).to(memory_format=torch.channels_last)
     pixels = pixels.to(world.device) * 64 * recipe.pixel_scale
@@ -28,10 +31,7 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int) -> dict:
     rates, shares = [], []
     for step in range(2 + steps):
         began, waited = time.perf_counter(), world.exchange.waited_s if world.exchange else 0.0
-        optimizer.zero_grad()
-        loss, _ = cross_entropy(network(pixels, step), labels, world.first_class(classes), world.exchange)
-        loss.backward()
-        optimizer.step()
+        train_step(pixels, labels, step)
         if pixels.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -41,5 +41,5 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int) -> dict:
             theirs = world.exchange.swap(mine.to(world.device), "wait").cpu()
             shares.append(float(torch.maximum(mine, theirs)) / seconds)
     return result("step", "images_per_s", rates[2:], recipe=recipe.name, batch=recipe.batch, processes=world.size,
-                   threads=world.threads, device=str(world.device),
+                   threads=world.threads, device=str(world.device), precision=world.precision,
                    **({"transport": world.transport, "waiting_for_peer": spread(shares[2:])} if shares else {}))

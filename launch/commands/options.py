@@ -46,6 +46,8 @@ def process_options(command):
         click.option("--transport", default="rpc", show_default=True,
                      type=click.Choice(["rpc", "rpc-staged", "gloo", "nccl"]),
                      help="How two towers exchange; rpc-staged: RPC through the CPU's memory."),
+        click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+                     help="Of convolutions and products; default: fp32 on a CPU, tf32 on a GPU."),
         click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=Number(1, 86400),
                      help="Seconds after which a silent peer ends the run."),
         click.option("--threads", type=click.IntRange(1, 1024),

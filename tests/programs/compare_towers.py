@@ -30,12 +30,14 @@ def largest_difference(part: torch.Tensor, whole: torch.Tensor) -> float:
 
 def main(recipe, dropout, dtype, classes, batch, transport, device):
     recipe, dtype, classes = replace(recipe_named(recipe), dropout=float(dropout)), getattr(torch, dtype), int(classes)
+    mixed, dtype = (dtype, torch.float32) if dtype == torch.bfloat16 else (None, dtype)
     torch.backends.cudnn.allow_tf32 = False
     with join_world(device, transport, timeout_s=60, threads=1) as world:
         world.connect()
         differences = {"loss": [], "gradient": [], "weight": []}
         whole = build(recipe, classes, 0).to(world.device, dtype)
         tower = build(recipe, classes, 0, world.exchange).to(world.device, dtype)
+        whole.mixed = tower.mixed = mixed
         optimizers = [optimizer_of(network, recipe) for network in (whole, tower)]
         random = torch.Generator().manual_seed(5)
         parameters = sum(p.numel() for p in whole.parameters()), sum(p.numel() for p in tower.parameters())

@@ -1,0 +1,60 @@
+"""One step of training, the same for the whole network and for a tower."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.exchange import Exchange
+from model.network import AlexNet
+from model.optimizer import MomentumSGD
+from model.softmax import cross_entropy
+
+
+class TrainingStep:
+    """`step(pixels, labels, number)` moves the weights once and returns the loss and how many labels came first.
+
+    pixels float32 [N, 3, 224, 224], labels int64 [N]; `number` is the step's, from which dropout is drawn. Where the
+    network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there.
+    """
+
+    def __init__(self, network: AlexNet, optimizer: MomentumSGD, first_class: int = 0,
+                 exchange: Exchange | None = None):
+        self.network, self.optimizer, self.first_class, self.exchange = network, optimizer, first_class, exchange
+        self.loss_scale = LossScale() if network.mixed == torch.float16 else None
+
+    def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        self.network.train()
+        self.optimizer.zero_grad()
+        loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
+        if self.loss_scale is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            (loss * self.loss_scale.scale).backward()
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            if self.loss_scale.unscale(gradients, self.exchange):
+                self.optimizer.step()
+        return loss.detach(), right
+
+
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): halved after an overflow, whose step is left out,
+    doubled after `patience` steps without. Two towers skip the same steps."""
+
+    def __init__(self, scale: float = 65536.0, patience: int = 2000):
+        self.scale, self.patience, self.good_steps = scale, patience, 0
+
+    def unscale(self, gradients: list[Tensor], exchange: Exchange | None) -> bool:
+        """Divide gradients by the scale, in place; return whether all of them, the peer's too, are finite."""
+        torch._foreach_mul_(gradients, 1 / self.scale)
+        finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()
+        if exchange is not None:
+            finite = finite & exchange.swap(finite, "finite gradients")
+        if not finite:
+            self.scale, self.good_steps = self.scale / 2, 0
+            return False
+        self.good_steps += 1
+        if self.good_steps == self.patience:
+            self.scale, self.good_steps = self.scale * 2, 0
+        return True
