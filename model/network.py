@@ -5,6 +5,7 @@ Shapes: N images, then channels x height x width. Kernels of `notes`; the two to
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
 from typing import NamedTuple
 
@@ -86,8 +87,8 @@ class AlexNet(nn.Module):
         with self._autocast(images):
             return self._hidden(images, step)
 
-    def _autocast(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, self.mixed, enabled=self.mixed is not None)
+    def _autocast(self, images: Tensor) -> AbstractContextManager:
+        return torch.autocast(images.device.type, self.mixed) if self.mixed else nullcontext()
 
     def _hidden(self, images: Tensor, step: int) -> Tensor:
         missing = 227 - images.shape[-1]  # 3 of 224: the paper's 224 -> 55 is a rounding up

@@ -1,13 +1,17 @@
-"""Speed of training steps."""
+"""Speed of training steps on made-up images, beside torch's own network and the hardware's limits in the same run."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from launch import facts
+from launch.bench.floors import copy_seconds, multiply_rate, seconds_of, step_bytes, step_flops
 from launch.bench.report import result, spread
+from launch.bench.step_peers import StockStep, stock, torchvision_shape
 from launch.precision import MIXED
 from launch.world import World
 from model.optimizer import optimizer_of
@@ -15,31 +19,82 @@ from model.recipe import Recipe
 from model.tower import build
 from model.training import TrainingStep
 
+WARM_UP = 2  # steps
 
-def step_speed(world: World, recipe: Recipe, classes: int, steps: int) -> dict:
-    """Train on one made-up batch, whole network or two towers, and say how long the peer was waited for."""
-    world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "code": facts.code_hash(),
-                 "precision": world.precision})
+
+def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bool = True) -> dict:
+    """Train on one made-up batch, the whole network or two towers, `steps` times after two that do not count.
+
+    With `peers`, the same is done with torch's network as one would write it, and with the shape of torchvision's; with
+    two processes with DistributedDataParallel, each on half of the batch. `of_arithmetic` and `of_bytes` are the shares
+    of a step that the convolutions and products would take at the rate of a large matrix product, and that what they
+    and the update move would take at the rate of a copy; with two processes at the rates of both at once.
+    """
+    world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "peers": peers,
+                 "precision": world.precision, "code": facts.code_hash()})
     world.connect()
-    network = build(recipe, classes, 0, world.exchange).to(world.device)
-    network.mixed = MIXED.get(world.precision)
+    pixels, labels = made_up(recipe, classes, world.device)
+    contestants: dict[str, Callable[[int], object]] = {}
+    mixed = MIXED.get(world.precision)
+    network = build(recipe, classes, 0, world.exchange)
+    network.mixed = mixed
+    network = network.to(world.device)
     train_step = TrainingStep(network, optimizer_of(network, recipe), world.first_class(classes), world.exchange)
+    contestants["ours"] = lambda number: train_step(pixels, labels, number)
+    if peers and world.size == 1:
+        for name, peer in (("stock", stock(recipe, classes)), ("torchvision_shape", torchvision_shape(classes))):
+            contestants[name] = _peer_step(StockStep(peer.to(world.device), recipe, mixed), pixels, labels)
+    elif peers:
+        half = slice(world.rank * recipe.batch // 2, (world.rank + 1) * recipe.batch // 2)
+        ddp = DistributedDataParallel(stock(recipe, classes).to(world.device))
+        contestants["ddp"] = _peer_step(StockStep(ddp, recipe, mixed), pixels[half], labels[half])
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    shares = []
+    for number in range(WARM_UP + steps):
+        for name, contestant in contestants.items():
+            waited = world.exchange.waited_s if world.exchange else 0.0
+            (seconds,) = seconds_of(lambda: contestant(number), 1, world.device, warm_up=0)
+            if world.exchange:  # the longer wait of the two towers counts
+                mine = torch.tensor([world.exchange.waited_s - waited, seconds])
+                theirs = world.exchange.swap(mine.to(world.device), "wait").cpu()
+                waited_s, seconds = torch.maximum(mine, theirs).tolist()
+                if name == "ours" and number >= WARM_UP:
+                    shares.append(waited_s / seconds)
+            if number >= WARM_UP:
+                rates[name].append(recipe.batch / seconds)
+    ours = rates.pop("ours")
+    floors = _floors(world, recipe, classes)
+    return result(
+        "step", "images_per_s", ours, recipe=recipe.name, batch=recipe.batch, processes=world.size,
+        threads=world.threads, device=str(world.device), precision=world.precision, **floors,
+        of_arithmetic=spread([rate / recipe.batch * floors["arithmetic_s"] for rate in ours]),
+        of_bytes=spread([rate / recipe.batch * floors["bytes_s"] for rate in ours]),
+        peers={name: spread(values) for name, values in rates.items()},
+        **{f"vs_{name}": spread([a / b for a, b in zip(ours, values)]) for name, values in rates.items()},
+        **({"transport": world.transport, "waiting_for_peer": spread(shares)} if shares else {}))
+
+
+def made_up(recipe: Recipe, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return one batch: pixels [N, 3, 224, 224] in channels_last, as the loader's, and labels [N]."""
     random = torch.Generator().manual_seed(0)
     pixels = torch.randn(recipe.batch, 3, 224, 224, generator=random).to(memory_format=torch.channels_last)
-    pixels = pixels.to(world.device) * 64 * recipe.pixel_scale
-    labels = torch.randint(classes, (recipe.batch,), generator=random).to(world.device)
-    rates, shares = [], []
-    for step in range(2 + steps):
-        began, waited = time.perf_counter(), world.exchange.waited_s if world.exchange else 0.0
-        train_step(pixels, labels, step)
-        if pixels.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        rates.append(recipe.batch / seconds)
-        if world.exchange:  # the longer wait of the two towers counts
-            mine = torch.tensor([world.exchange.waited_s - waited])
-            theirs = world.exchange.swap(mine.to(world.device), "wait").cpu()
-            shares.append(float(torch.maximum(mine, theirs)) / seconds)
-    return result("step", "images_per_s", rates[2:], recipe=recipe.name, batch=recipe.batch, processes=world.size,
-                   threads=world.threads, device=str(world.device), precision=world.precision,
-                   **({"transport": world.transport, "waiting_for_peer": spread(shares[2:])} if shares else {}))
+    return ((pixels * 64 * recipe.pixel_scale).to(device),
+            torch.randint(classes, (recipe.batch,), generator=random).to(device))
+
+
+def _peer_step(step: StockStep, pixels: Tensor, labels: Tensor) -> Callable[[int], None]:
+    return lambda number: step(pixels, labels)
+
+
+def _floors(world: World, recipe: Recipe, classes: int) -> dict[str, float]:
+    if world.exchange:  # so that both measure at once
+        world.exchange.swap(torch.zeros(1, device=world.device), "start of the floors")
+    number_bytes = 2 if world.precision in MIXED else 4
+    sample = torch.empty(2**27 // 4, device=world.device)  # 128 MiB; a copy reads and writes it
+    rates = torch.tensor([multiply_rate(world.precision, world.device), 2 * 2**27 / copy_seconds(sample)])
+    if world.exchange:
+        rates += world.exchange.swap(rates.to(world.device), "rates of both").cpu()
+    flops, moved = step_flops(recipe, classes), step_bytes(recipe, classes, number_bytes)
+    multiply, copy = rates.tolist()
+    return {"multiply_flops_per_s": float(f"{multiply:.4g}"), "copied_bytes_per_s": float(f"{copy:.4g}"),
+            "arithmetic_s": float(f"{flops / multiply:.4g}"), "bytes_s": float(f"{moved / copy:.4g}")}

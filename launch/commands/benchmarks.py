@@ -51,8 +51,9 @@ def bench_loader(shards: Path, **settings) -> None:
 @click.option("--ablation", help="One change to the recipe: one of those of `alexnet ablate`, as no-lrn.")
 @click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others.")
+@PEERS
 @process_options
-def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, **process) -> None:
+def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peers: bool, **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""
     from launch.bench.step import step_speed
     from launch.world import join_world
@@ -63,6 +64,6 @@ def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, **pr
     if ablation is not None:
         chosen = ablated(chosen, ablation)
     with join_world(**process) as world:
-        found = step_speed(world, chosen, classes, steps)
+        found = step_speed(world, chosen, classes, steps, peers)
     if world.leads:
         click.echo(json.dumps(found | {"ablation": ablation}))
