@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Dropout, MapNorm
+from model.layers import Dropout, Linear, MapNorm
 from model.random import generator
 from model.recipe import CONVOLUTIONS, LAYERS, Recipe
 from model.response_norm import LocalResponseNorm
@@ -60,9 +60,9 @@ class AlexNet(nn.Module):
             self.add_module(conv.name, nn.Conv2d(conv.maps, conv.kernels, conv.size, conv.stride, conv.padding,
                                                  groups=groups))
         f6, f7 = recipe.neurons
-        self.fc6 = nn.Linear(convolutions(recipe)[-1].kernels * 6 * 6, f6)
-        self.fc7 = nn.Linear(f6, f7)
-        self.fc8 = nn.Linear(f7, classes)
+        self.fc6 = Linear(convolutions(recipe)[-1].kernels * 6 * 6, f6)
+        self.fc7 = Linear(f6, f7)
+        self.fc8 = Linear(f7, classes)
         self._add_unlearned_layers(recipe, seed, tower=None)
 
     def _add_unlearned_layers(self, recipe: Recipe, seed: int, tower: int | None) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.exchange import Exchange
+from model.layers import linear
 from model.network import AlexNet, convolutions, initialise
 from model.recipe import Recipe
 from model.response_norm import LocalResponseNorm
@@ -41,8 +42,8 @@ class JoinedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         own, peer = _columns(self.weight, self.exchange.tower)
         x, pending = self.exchange.start(x, self.name)
-        y = F.linear(x, own, self.bias)
-        return torch.addmm(y, self.exchange.finish(pending), peer.t())
+        y = linear(x, own, self.bias)
+        return y + linear(self.exchange.finish(pending), peer)
 
 
 class JoinedResponseNorm(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import response_norm
-from model.layers import Dropout, MapNorm
+from model import layers, response_norm
+from model.layers import Dropout, MapNorm, linear
 from model.response_norm import CACHE_BLOCK_BYTES, LocalResponseNorm
 
 
@@ -118,6 +118,33 @@ def test_response_norm_without_numba_is_the_same(monkeypatch):
     compiled = norm(x, relu=True)
     monkeypatch.setattr(response_norm, "compiled_kernels", lambda: None)
     torch.testing.assert_close(norm(x, relu=True), compiled, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(40, None)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_products(columns, bias):
+    x = torch.randn(5, 70 if columns == slice(None) else 30, requires_grad=True)
+    whole = torch.randn(33, 70, requires_grad=True)
+    b = torch.randn(33, requires_grad=True) if bias else None
+    y = linear(x, whole[:, columns], b)
+    assert "OneDnn" in type(y.grad_fn).__name__
+    grad = torch.randn(5, 33)
+    y.backward(grad)
+    exact_x, exact_whole = (t.detach().double().requires_grad_() for t in (x, whole))
+    expected = exact_x @ exact_whole[:, columns].t() + (b.detach() if bias else 0)
+    expected.backward(grad.double())
+    for found, exact in ((y, expected), (x.grad, exact_x.grad), (whole.grad, exact_whole.grad)):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    if bias:
+        torch.testing.assert_close(b.grad, grad.sum(0))
+    assert linear(x[:0], whole[:, columns]).shape == (0, 33)
+
+
+def test_products_without_onednn_are_the_same(monkeypatch):
+    x, weight = torch.randn(5, 70), torch.randn(33, 70)
+    before = linear(x, weight)
+    monkeypatch.setattr(layers, "_onednn_linear", lambda: None)
+    torch.testing.assert_close(linear(x, weight), before, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_towers_drop_what_the_whole_drops():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from launch.precision import MIXED
+from model.layers import linear
 from model.network import AlexNet
 from model.recipe import Recipe
 
@@ -30,11 +32,13 @@ def seconds_of(work: Callable[[], object], repeats: int, device: torch.device,
 
 
 def multiply_rate(precision: str, device: torch.device) -> float:
-    """Return the FLOP/s of a large square matrix product, the median of five."""
+    """Return the FLOP/s of a large square matrix product, the median of five; of the faster library on a CPU."""
     size = 8192 if device.type == "cuda" else 3072
     a = torch.randn(size, size, device=device, dtype=MIXED.get(precision, torch.float32))
-    out = torch.empty_like(a)
-    return 2 * size**3 / statistics.median(seconds_of(lambda: torch.mm(a, a, out=out), 5, device))
+    with torch.no_grad():
+        found = [statistics.median(seconds_of(functools.partial(product, a, a), 5, device))
+                 for product in (F.linear, linear)]
+    return 2 * size**3 / min(found)
 
 
 def copy_seconds(x: Tensor) -> float:
@@ -43,31 +47,25 @@ def copy_seconds(x: Tensor) -> float:
     return statistics.median(seconds_of(lambda: to.copy_(x), 9, x.device))
 
 
-def step_flops(recipe: Recipe, classes: int) -> int:
-    """Return the operations of convolutions and products in a training step of the whole network, additions too."""
-    with torch.device("meta"):
-        network = AlexNet(replace(recipe, lrn_n=0, map_norm=None, dropout=0.0), classes)
-        with FlopCounterMode(display=False) as counter:
-            network(torch.empty(recipe.batch, 3, 224, 224)).sum().backward()
-    return counter.get_total_flops()
+def step_work(recipe: Recipe, classes: int, number_bytes: int) -> tuple[int, int]:
+    """Return the operations of a training step of the whole network and the bytes that it must move at least.
 
-
-def step_bytes(recipe: Recipe, classes: int, number_bytes: int) -> int:
-    """Return the bytes that a training step must move if only convolutions, products and the update touch memory.
-
-    Each of the three products of a layer (outputs, gradients of inputs and of weights) reads two tensors and writes
-    one, of `number_bytes` a number; the update reads three and writes two of each parameter, 4 bytes a number.
+    Counted are convolutions and products, for outputs and the gradients of weights and (but of images) inputs: two
+    operations a multiplication; each reads two tensors and writes one, of `number_bytes` a number. The update reads
+    three numbers of 4 bytes a parameter and writes two.
     """
-    moved = 0
+    operations = moved = 0
 
     def add(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal moved
-        moved += 3 * number_bytes * (inputs[0].numel() + output.numel() + layer.weight.numel())
+        nonlocal operations, moved
+        passes = 2 if layer is network.conv1 else 3
+        operations += passes * 2 * output.numel() * layer.weight[0].numel()
+        moved += passes * number_bytes * (inputs[0].numel() + output.numel() + layer.weight.numel())
 
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         network = AlexNet(replace(recipe, lrn_n=0, map_norm=None, dropout=0.0), classes)
         for layer in network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(add)
         network(torch.empty(recipe.batch, 3, 224, 224))
-    return moved + 5 * 4 * sum(p.numel() for p in network.parameters())
+    return operations, moved + 5 * 4 * sum(p.numel() for p in network.parameters())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launch import facts
-from launch.bench.floors import copy_seconds, multiply_rate, seconds_of, step_bytes, step_flops
+from launch.bench.floors import copy_seconds, multiply_rate, seconds_of, step_work
 from launch.bench.report import result, spread
 from launch.bench.step_peers import StockStep, stock, torchvision_shape
 from launch.precision import MIXED
@@ -94,7 +94,7 @@ def _floors(world: World, recipe: Recipe, classes: int) -> dict[str, float]:
     rates = torch.tensor([multiply_rate(world.precision, world.device), 2 * 2**27 / copy_seconds(sample)])
     if world.exchange:
         rates += world.exchange.swap(rates.to(world.device), "rates of both").cpu()
-    flops, moved = step_flops(recipe, classes), step_bytes(recipe, classes, number_bytes)
+    flops, moved = step_work(recipe, classes, number_bytes)
     multiply, copy = rates.tolist()
     return {"multiply_flops_per_s": float(f"{multiply:.4g}"), "copied_bytes_per_s": float(f"{copy:.4g}"),
             "arithmetic_s": float(f"{flops / multiply:.4g}"), "bytes_s": float(f"{moved / copy:.4g}")}
