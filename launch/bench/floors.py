@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.precision import MIXED
+from model.exchange import Exchange
 from model.layers import linear
 from model.network import AlexNet
 from model.recipe import Recipe
 
 
 def seconds_of(work: Callable[[], object], repeats: int, device: torch.device,
-               warm_up: int = 1) -> list[float]:
-    """Time `work`, after `warm_up` calls that do not count."""
+               warm_up: int = 1, exchange: Exchange | None = None) -> list[float]:
+    """Time `work`, after `warm_up` calls that do not count; with an exchange both processes begin together."""
     found = []
     for _ in range(warm_up + repeats):
+        if exchange is not None:
+            exchange.swap(torch.zeros(1, device=device), "start of a measurement")
         began = time.perf_counter()
         work()
         if device.type == "cuda":
@@ -31,20 +34,23 @@ def seconds_of(work: Callable[[], object], repeats: int, device: torch.device,
     return found[warm_up:]
 
 
-def multiply_rate(precision: str, device: torch.device) -> float:
-    """Return the FLOP/s of a large square matrix product, the median of five; of the faster library on a CPU."""
+def multiply_rate(precision: str, device: torch.device, exchange: Exchange | None = None) -> float:
+    """Return the FLOP/s of a large square matrix product, the median of five; of the faster library on a CPU.
+
+    With an exchange, and in `copy_seconds`, both processes measure at the same time.
+    """
     size = 8192 if device.type == "cuda" else 3072
     a = torch.randn(size, size, device=device, dtype=MIXED.get(precision, torch.float32))
     with torch.no_grad():
-        found = [statistics.median(seconds_of(functools.partial(product, a, a), 5, device))
+        found = [statistics.median(seconds_of(functools.partial(product, a, a), 5, device, exchange=exchange))
                  for product in (F.linear, linear)]
     return 2 * size**3 / min(found)
 
 
-def copy_seconds(x: Tensor) -> float:
+def copy_seconds(x: Tensor, exchange: Exchange | None = None) -> float:
     """Return how long a copy of `x` into memory in use takes, the median of nine."""
     to = torch.empty_like(x)
-    return statistics.median(seconds_of(lambda: to.copy_(x), 9, x.device))
+    return statistics.median(seconds_of(lambda: to.copy_(x), 9, x.device, exchange=exchange))
 
 
 def step_work(recipe: Recipe, classes: int, number_bytes: int) -> tuple[int, int]:

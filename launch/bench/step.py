@@ -87,11 +87,10 @@ def _peer_step(step: StockStep, pixels: Tensor, labels: Tensor) -> Callable[[int
 
 
 def _floors(world: World, recipe: Recipe, classes: int) -> dict[str, float]:
-    if world.exchange:  # so that both measure at once
-        world.exchange.swap(torch.zeros(1, device=world.device), "start of the floors")
     number_bytes = 2 if world.precision in MIXED else 4
     sample = torch.empty(2**27 // 4, device=world.device)  # 128 MiB; a copy reads and writes it
-    rates = torch.tensor([multiply_rate(world.precision, world.device), 2 * 2**27 / copy_seconds(sample)])
+    rates = torch.tensor([multiply_rate(world.precision, world.device, world.exchange),
+                          2 * 2**27 / copy_seconds(sample, world.exchange)])
     if world.exchange:
         rates += world.exchange.swap(rates.to(world.device), "rates of both").cpu()
     flops, moved = step_work(recipe, classes, number_bytes)
