@@ -234,10 +234,3 @@ def test_an_unknown_layout_names_those_that_are_known(tmp_path):
     for layout in ("ilsvrc2012", "ilsvrc2010", "kaggle", "tiny-imagenet", "hugging-face-parquet", "synset-tars",
                    "webdataset", "class-folders"):
         fails(layout, "inspect", tmp_path)
-
-
-def test_bench_step_with_an_ablation():
-    found = alexnet("bench", "step", "--recipe", "tiny", "--classes", "2", "--steps", "1", "--ablation", "no-lrn")
-    told = json.loads(found.stdout)
-    assert told["ablation"] == "no-lrn" and told["images_per_s"]["median"] > 0
-    fails("no-wings", "bench", "step", "--ablation", "no-wings")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from launch.commands.options import FOLDER, process_options
+from launch.commands.options import FOLDER, PRECISIONS, process_options
+from launch.errors import RunFailed
 
+if TYPE_CHECKING:
+    from launch.world import World
+
+RECIPE = click.option("--recipe", default="notes", show_default=True)
+CLASSES = click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
+REPEATS = click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="After one other.")
 PEERS = click.option("--peers/--no-peers", default=True, help="Measure in turn with what others use.")
 
 
@@ -47,23 +56,94 @@ def bench_loader(shards: Path, **settings) -> None:
 
 
 @bench.command("step")
-@click.option("--recipe", default="notes", show_default=True)
+@RECIPE
 @click.option("--ablation", help="One change to the recipe: one of those of `alexnet ablate`, as no-lrn.")
-@click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
+@CLASSES
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others.")
 @PEERS
 @process_options
 def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peers: bool, **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""
     from launch.bench.step import step_speed
-    from launch.world import join_world
     from model.ablations import ablated
     from model.recipe import recipe_named
 
     chosen = recipe_named(recipe)
     if ablation is not None:
         chosen = ablated(chosen, ablation)
+    _in_world(process, lambda world: step_speed(world, chosen, classes, steps, peers) | {"ablation": ablation})
+
+
+@bench.command("evaluate")
+@RECIPE
+@CLASSES
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images of ten views at a time.")
+@REPEATS
+@PEERS
+@process_options
+def bench_evaluate(recipe: str, classes: int, batch: int, repeats: int, peers: bool, **process) -> None:
+    """Evaluation with ten views of made-up images; alone, or under torchrun with two processes."""
+    from launch.bench.evaluate import evaluate_speed
+    from model.recipe import recipe_named
+
+    chosen = recipe_named(recipe)
+    _in_world(process, lambda world: evaluate_speed(world, chosen, classes, batch, repeats, peers))
+
+
+@bench.command("lrn")
+@RECIPE
+@REPEATS
+@PEERS
+@process_options
+def bench_lrn(recipe: str, repeats: int, peers: bool, **process) -> None:
+    """Response normalisation, both passes, in one process."""
+    from launch.bench.lrn import lrn_speed
+    from model.recipe import recipe_named
+
+    chosen = recipe_named(recipe)
+    _in_world(process, lambda world: lrn_speed(world, chosen, repeats, peers))
+
+
+@bench.command("exchange")
+@RECIPE
+@REPEATS
+@process_options
+def bench_exchange(recipe: str, repeats: int, **process) -> None:
+    """The towers' messages alone; under torchrun with two processes."""
+    from launch.bench.exchange import exchange_speed
+    from model.recipe import recipe_named
+
+    chosen = recipe_named(recipe)
+    _in_world(process, lambda world: exchange_speed(world, chosen, repeats))
+
+
+@bench.command("all")
+@click.argument("out", type=FOLDER)
+@click.option("--shards", type=FOLDER, help="For the loader.")
+@click.option("--images", type=FOLDER, help="A folder of JPEG files, for packing.")
+@click.option("--recipe", default="notes", show_default=True)
+@click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
+@click.option("--precision", type=click.Choice(PRECISIONS))
+def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, device: str | None,
+              precision: str | None) -> None:
+    """Measure everything into the folder OUT: JSON a part, and results.md.
+
+    Parts that OUT has of this commit are not measured again.
+    """
+    from launch.bench.everything import measure_everything
+
+    device_option = ["--device", device] if device else []
+    settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
+    failed = measure_everything(out, shards, images, settings, device_option, lambda line: click.echo(line, err=True))
+    click.echo(str(out / "results.md"))
+    if failed:
+        raise RunFailed(f"{len(failed)} of the benchmarks failed; {failed[0]}")
+
+
+def _in_world(process: dict, measure: Callable[[World], dict]) -> None:
+    from launch.world import join_world
+
     with join_world(**process) as world:
-        found = step_speed(world, chosen, classes, steps, peers)
+        found = measure(world)
     if world.leads:
-        click.echo(json.dumps(found | {"ablation": ablation}))
+        click.echo(json.dumps(found))

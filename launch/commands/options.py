@@ -27,6 +27,7 @@ class Folder(Place):
 
 
 PLACE, FOLDER = Place(), Folder()
+PRECISIONS = ["fp32", "tf32", "bf16", "fp16"]
 
 
 class Number(click.FloatRange):
@@ -46,7 +47,7 @@ def process_options(command):
         click.option("--transport", default="rpc", show_default=True,
                      type=click.Choice(["rpc", "rpc-staged", "gloo", "nccl"]),
                      help="How two towers exchange; rpc-staged: RPC through the CPU's memory."),
-        click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+        click.option("--precision", type=click.Choice(PRECISIONS),
                      help="Of convolutions and products; default: fp32 on a CPU, tf32 on a GPU."),
         click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=Number(1, 86400),
                      help="Seconds after which a silent peer ends the run."),

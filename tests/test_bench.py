@@ -1,0 +1,108 @@
+"""The benchmarks measure what they say, and `bench all` starts again where it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+
+from launch.bench import everything, floors
+from launch.bench.step_peers import stock, torchvision_shape
+from launch.cli import cli
+from model.recipe import NOTES, TINY
+from model.tower import build
+
+
+def bench(*arguments) -> dict:
+    done = CliRunner().invoke(cli, ["bench", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def bench_two(*arguments) -> dict:
+    done = subprocess.run([sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2", "-m",
+                           "launch.cli", "bench", *arguments, "--threads", "1"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_step_with_an_ablation_and_without_peers():
+    found = bench("step", "--recipe", "tiny", "--classes", 2, "--steps", 1, "--ablation", "no-lrn", "--no-peers")
+    assert found["ablation"] == "no-lrn" and found["peers"] == {} and found["images_per_s"]["median"] > 0
+    done = CliRunner().invoke(cli, ["bench", "step", "--ablation", "no-wings"])
+    assert done.exit_code == 2 and "no-wings" in done.output
+
+
+def test_step_beside_peers_and_limits():
+    found = bench("step", "--recipe", "tiny", "--classes", 2, "--steps", 2)
+    assert found["peers"].keys() == {"stock", "torchvision_shape"} and found["images_per_s"]["n"] == 2
+    seconds = TINY.batch / found["images_per_s"]["median"]
+    assert found["of_arithmetic"]["median"] == pytest.approx(found["arithmetic_s"] / seconds, rel=0.5)
+
+
+def test_two_processes_beside_ddp():
+    found = bench_two("step", "--recipe", "tiny", "--classes", "2", "--steps", "1")
+    assert found["processes"] == 2 and found["peers"].keys() == {"ddp"}
+    assert 0 <= found["waiting_for_peer"]["median"] < 1
+
+
+def test_exchange_of_every_message():
+    found = bench_two("exchange", "--recipe", "tiny", "--repeats", "2")
+    assert {name: message["mib"] for name, message in found["messages"].items()} == {
+        "conv3": 0.66, "fc6": 0.14, "fc7": 0.06, "fc8": 0.06}
+
+
+def test_evaluate_and_lrn():
+    found = bench("evaluate", "--recipe", "tiny", "--classes", 2, "--batch", 2, "--repeats", 1)
+    assert found["views"] == 10 and found["peers"].keys() == {"stock"}
+    found = bench("lrn", "--recipe", "tiny", "--repeats", 1)
+    assert found["layer2"]["shape"] == [TINY.batch, TINY.kernels[1], 27, 27] and found["layer1"]["torch"]
+
+
+def test_work_of_a_step_is_that_of_the_notes():
+    """724 million multiplications an image forward; of gradients of images (105 million) there are none."""
+    operations, moved = floors.step_work(NOTES, 1000, number_bytes=4)
+    assert operations / (2 * NOTES.batch) == pytest.approx(3 * 724e6 - 105e6, rel=0.001)
+    assert moved > 5 * 4 * 60_965_224 + 3 * 4 * 60_965_224
+
+
+def test_peers_have_the_networks_shape():
+    torchs = stock(NOTES, 1000)
+    ours = {p.shape for p in build(NOTES, 1000, 0).parameters()}
+    assert {p.shape for p in torchs.parameters()} == ours
+    assert sum(p.numel() for p in torchvision_shape(1000).parameters()) == 61_100_840  # as torchvision's own has
+    image = torch.zeros(1, 3, 224, 224)
+    assert torchs(image).shape == (1, 1000) and torchvision_shape(7)(image).shape == (1, 7)
+
+
+def test_all_goes_on_where_it_was(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(processes, arguments):
+        measured.append((processes, arguments[0]))
+        if arguments[0] == "exchange" and len(measured) < 9:
+            return "no peer"
+        spread = {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}
+        return {"bench": arguments[0], "images_per_s": spread, "peers": {"stock": spread},
+                "hardware": {"cpu": "C", "cores": 2, "memory_gib": 4, "gpu": None}}
+
+    monkeypatch.setattr(everything, "_measure", measure)
+    monkeypatch.setattr(everything.facts, "commit", lambda: "abc")
+    settings = ["--recipe", "tiny"]
+    failed = everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None)
+    assert failed == ["exchange: no peer"] and len(measured) == 7
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "| images_per_s | 2 (1 to 3), n = 3 |" in page and "Failed: exchange: no peer" in page
+    (tmp_path / "out" / "lrn.json").write_text("{")  # cut off
+    measured += [None] * 2
+    assert everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None) == []
+    assert measured[9:] == [(1, "lrn"), (2, "exchange")]
+    monkeypatch.setattr(everything.facts, "commit", lambda: "def")
+    everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None)
+    assert len(measured) == 11 + 7
