@@ -32,8 +32,8 @@ def bench_two(*arguments) -> dict:
     return json.loads(done.stdout)
 
 
-def test_step_with_an_ablation_and_without_peers():
-    found = bench("step", "--recipe", "tiny", "--classes", 2, "--steps", 1, "--ablation", "no-lrn", "--no-peers")
+def test_step_with_an_ablation_has_no_peers():
+    found = bench("step", "--recipe", "tiny", "--classes", 2, "--steps", 1, "--ablation", "no-lrn")
     assert found["ablation"] == "no-lrn" and found["peers"] == {} and found["images_per_s"]["median"] > 0
     done = CliRunner().invoke(cli, ["bench", "step", "--ablation", "no-wings"])
     assert done.exit_code == 2 and "no-wings" in done.output

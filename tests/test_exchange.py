@@ -80,7 +80,8 @@ class Recorder(TorchDispatchMode):
         exchange._wait = lambda pending: self.events.append("wait") or wait(pending)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.overloadpacket.__name__ in ("addmm", "mm", "convolution", "convolution_backward"):
+        if function.overloadpacket.__name__ in (
+                "addmm", "mm", "_linear_pointwise", "convolution", "convolution_backward"):
             self.events.append("product")
         return function(*arguments, **(keywords or {}))
 

@@ -22,7 +22,7 @@ def parts(shards: Path | None, images: Path | None, settings: list[str],
     """
     yield "lrn", 1, ["lrn", *settings]
     yield "step", 1, ["step", *settings]
-    yield "step-without-lrn", 1, ["step", "--ablation", "no-lrn", "--no-peers", *settings]
+    yield "step-without-lrn", 1, ["step", "--ablation", "no-lrn", *settings]
     yield "step-two-processes", 2, ["step", *settings]
     yield "exchange", 2, ["exchange", *settings]
     yield "evaluate", 1, ["evaluate", *settings]
