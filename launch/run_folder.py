@@ -49,6 +49,9 @@ class RunFolder:
         self.log_path = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
+    def trace_path(self, tower: int) -> Path:
+        return self.path / f"trace-tower{tower}.json"
+
     def check_new(self) -> None:
         """UserError where the folder holds anything already, but for what a kill during `create` left."""
         left = re.compile(r"mean\.npy|manifest\.json|(mean\.npy|manifest\.json|run\.json)\.[0-9a-f]{8}\.tmp")

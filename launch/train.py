@@ -11,12 +11,14 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from launch import checkpoint, facts
 from launch.errors import RunFailed, UserError
 from launch.evaluate import Errors, error_rates
 from launch.precision import MIXED
+from launch.profiling import profiled
 from launch.progress import check_with_bar
 from launch.run_folder import Run, RunFolder
 from launch.runlog import Interval, RunLog
@@ -43,6 +45,7 @@ class Options:
     checkpoint_minutes: float = 15.0
     keep: int = 3  # checkpoints
     check_hashes: bool = True  # of all shards, before the start
+    profile: bool = False  # write a trace of a few steps
 
 
 def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, seed: int | None,
@@ -131,11 +134,14 @@ class Trainer:
                                 self.world.threads, self.step)
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=None if self.world.leads else True,
                    dynamic_ncols=True)
-        with images, bar:
+        trace = self.folder.trace_path(self.world.rank) if self.options.profile else None
+        with images, bar, profiled(trace) as end_step:
             interval = Interval(images, self.world.exchange)
             while self.step < stop and not self.recipe.schedule.ended(self.progress):
-                pixels, labels = next(images)
+                with record_function("wait for data"):
+                    pixels, labels = next(images)
                 interval.add(*self._step(pixels, labels), len(labels))
+                end_step()
                 self.step += 1
                 bar.update()
                 ends_epoch = self.step % self.steps_per_epoch == 0

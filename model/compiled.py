@@ -25,12 +25,12 @@ def on_all_threads(kernel: Callable, tensors: tuple[Tensor, ...], *settings) -> 
     """Run `kernel(*arrays, *settings)` on CPU tensors of one length, an equal part on each of torch's threads."""
     arrays = [tensor.detach().numpy() for tensor in tensors]
     threads, length = torch.get_num_threads(), len(arrays[0])
-    if threads == 1:
-        kernel(*arrays, *settings)
-        return
     cuts = [length * i // threads for i in range(threads + 1)]
-    parts = [[array[first:last] for array in arrays] for first, last in zip(cuts, cuts[1:])]
-    list(_pool(threads).map(lambda part: kernel(*part, *settings), parts))
+    own, *others = ([array[first:last] for array in arrays] for first, last in zip(cuts, cuts[1:]))
+    pending = [_pool(threads - 1).submit(kernel, *part, *settings) for part in others]
+    kernel(*own, *settings)
+    for part in pending:
+        part.result()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from model.exchange import Exchange
 from model.network import AlexNet
@@ -26,12 +27,13 @@ class TrainingStep:
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self.network.train()
         self.optimizer.zero_grad()
-        loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
+        with record_function("forward"):
+            loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
+        with record_function("backward"):
+            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
         if self.loss_scale is None:
-            loss.backward()
             self.optimizer.step()
         else:
-            (loss * self.loss_scale.scale).backward()
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             if self.loss_scale.unscale(gradients, self.exchange):
                 self.optimizer.step()

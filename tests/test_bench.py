@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -106,3 +107,29 @@ def test_all_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(everything.facts, "commit", lambda: "def")
     everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None)
     assert len(measured) == 11 + 7
+
+
+def gpu_check(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", ROOT / "launch" / "gpu_check.sh", *arguments], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHON": sys.executable, **environment})
+
+
+def test_gpu_check_keeps_what_went_well(tmp_path):
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    shards.mkdir()
+    assert gpu_check(shards, out).returncode == 2 and not out.exists()  # no manifest
+    (shards / "manifest.json").touch()
+    done = gpu_check(shards, out, DEVICE="cpu", PARTS="host train")
+    assert done.returncode == 1 and (out / "host.done").exists() and not (out / "train.done").exists()
+    lines = (out / "summary.txt").read_text().splitlines()
+    assert lines[0].startswith("host: passed, {") and lines[1].startswith("train: FAILED, alexnet: ")
+    again = gpu_check(shards, out, DEVICE="cpu", PARTS="host")
+    assert again.returncode == 0 and "host ..." not in again.stderr
+    assert sorted((out / "summary.txt").read_text().splitlines()) == sorted(lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    done = gpu_check(tmp_path, tmp_path / "out")
+    assert done.returncode == 2 and "no CUDA device" in done.stderr

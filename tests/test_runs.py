@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
@@ -141,6 +142,16 @@ def test_two_processes_go_on_as_one_and_back(shards, finished, tmp_path):
         Towers(shards, run, "--resume", "--steps", 17, processes=processes).check()
     assert_same(weights(one, 17), weights(two, 17), tolerance=0.03)
     assert_same(last_layer(weights(one, 17)), last_layer(weights(two, 17)), tolerance=1e-3)
+
+
+def test_a_trace_shows_the_parts_of_a_step(shards, tmp_path):
+    run = tmp_path / "run"
+    Towers(shards, run, "--steps", 8, "--profile").check()
+    for tower in (0, 1):
+        events = json.loads((run / f"trace-tower{tower}.json").read_text())["traceEvents"]
+        names = collections.Counter(event["name"] for event in events if event.get("ph") == "X")
+        assert all(names[part] == 5 for part in ("wait for data", "forward", "backward")), names
+        assert names["wait for the other tower"] >= 5 * 9 and names["Optimizer.step#MomentumSGD.step"] == 5
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ def bench_loader(shards: Path, **settings) -> None:
 
 @bench.command("step")
 @RECIPE
-@click.option("--ablation", help="One change to the recipe: one of those of `alexnet ablate`, as no-lrn; then without peers.")
+@click.option("--ablation", help="One change to the recipe: as of `alexnet ablate`: no-lrn ...; then without peers.")
 @CLASSES
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others.")
 @PEERS
@@ -71,8 +71,8 @@ def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peer
     chosen = recipe_named(recipe)
     if ablation is not None:
         chosen = ablated(chosen, ablation)
-    _in_world(process, lambda world: step_speed(world, chosen, classes, steps, peers and ablation is None)
-              | {"ablation": ablation})
+    peers = peers and ablation is None
+    _in_world(process, lambda world: step_speed(world, chosen, classes, steps, peers) | {"ablation": ablation})
 
 
 @bench.command("evaluate")

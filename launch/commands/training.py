@@ -23,11 +23,12 @@ from launch.commands.options import FOLDER, PLACE, Number, cache_option, process
               help="Besides one after every epoch.")
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints kept, the newest.")
 @click.option("--check/--no-check", default=True, help="Hash all shards before the start.")
+@click.option("--profile", is_flag=True, help="Write a trace of five steps, RUN/trace-tower0.json, for Perfetto.")
 @cache_option
 @process_options
 def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed: int | None, epochs: int | None,
-          steps: int | None, resume: bool, checkpoint_minutes: float, keep: int, check: bool, cache: Path | None,
-          **process) -> None:
+          steps: int | None, resume: bool, checkpoint_minutes: float, keep: int, check: bool, profile: bool,
+          cache: Path | None, **process) -> None:
     """Train on SHARDS, a folder or a place in an object store; log and checkpoints go to RUN.
 
     Alone, one process trains the whole network. Under `torchrun --nproc-per-node=2` each process trains one
@@ -45,7 +46,7 @@ def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed
     chosen = None if recipe is None else recipe_named(recipe)
     if ablation is not None:
         chosen = ablated(chosen, ablation)
-    options = Options(resume, steps, checkpoint_minutes, keep, check)
+    options = Options(resume, steps, checkpoint_minutes, keep, check, profile)
     with join_world(**process) as world:
         folder = RunFolder(run)
         errors = train(world, shards_here(shards, cache), folder, chosen, seed if resume else seed or 0, epochs,

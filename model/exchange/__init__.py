@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 
 class Pending(Protocol):
@@ -58,7 +59,8 @@ class Exchange(ABC):
 
     def _wait(self, pending: Pending) -> Tensor:
         began = time.perf_counter()
-        received = pending.wait()
+        with record_function("wait for the other tower"):
+            received = pending.wait()
         self.waited_s += time.perf_counter() - began
         return received
 
