@@ -73,7 +73,8 @@ def main() -> None:
         getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files and classes may be no text
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("alexnet: %(message)s"))
-    logging.getLogger("pipeline").addHandler(warnings)
+    for package in ("pipeline", "model"):
+        logging.getLogger(package).addHandler(warnings)
     try:
         code = cli.main(prog_name="alexnet", standalone_mode=False) or 0
     except click.ClickException as error:

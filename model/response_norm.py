@@ -1,12 +1,16 @@
 """Local response normalisation (section 3.3), of ReLU's output where asked, in one pass.
 
-On the CPU, in single precision and for windows and powers like the paper's, compiled kernels do it at about the speed
-of memory; anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
+Kernels do it: on the CPU in single precision (Numba) and on a GPU in single and half precision (Triton), for windows
+like the paper's. Anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from model.compiled import compiled_kernels, on_all_threads
 
+logger = logging.getLogger(__name__)
 CACHE_BLOCK_BYTES = 1 << 20
 
 
@@ -32,18 +37,88 @@ class LocalResponseNorm(nn.Module):
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """With `relu`, the normalisation of max(x, 0). In channels_last where x is, or a kernel takes it.
 
-        Half-precision numbers are normalised in single precision: theirs cannot tell 2 from 2.003.
+        Arithmetic on half-precision numbers is in single precision: theirs cannot tell 2 from 2.003.
         """
+        if (kernel := self._kernel_for(x, relu)) is not None:
+            return _FusedResponseNorm.apply(x, kernel)
         if x.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), relu).to(x.dtype)
-        if (x.device.type == "cpu" and x.dtype == torch.float32 and self.beta == 0.75 and self.n <= 5
-                and (kernels := compiled_kernels())):
-            return _CompiledResponseNorm.apply(x, kernels, self.n, self.towers, self.k, self.alpha,
-                                               0.0 if relu else float("-inf"))
         x = x.relu() if relu else x
         window = _window(x.shape[1], self.n, self.towers, x.dtype, x.device)
         return _ResponseNorm.apply(x, window, self.k, self.alpha, self.beta)
+
+    def _kernel_for(self, x: Tensor, relu: bool) -> Kernel | None:
+        if self.n > 5 or x.shape[1] % self.towers:
+            return None
+        if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (gpu := gpu_kernels()):
+            return gpu_kernel(gpu, self, relu)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and self.beta == 0.75 and (cpu := compiled_kernels()):
+            return _cpu_kernel(cpu, self, x.shape[1], relu)
+        return None
+
+
+# Called with ("normalise", x, y) or ("normalise_backward", x, grad, grad_x), channels_last, writes the last.
+Kernel = Callable[..., None]
+
+
+def _cpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, channels: int, relu: bool) -> Kernel:
+    near = _window_factors(channels, norm.n, norm.towers)
+    floor = 0.0 if relu else float("-inf")
+
+    def run(name: str, *tensors: Tensor) -> None:
+        places = tuple(_maps_last(tensor).flatten(0, 2) for tensor in tensors)  # [N H W, C], views
+        on_all_threads(getattr(kernels, name), places, near, norm.k, norm.alpha, floor)
+
+    return run
+
+
+def gpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, relu: bool) -> Kernel:
+    """Return the kernels of model.gpu_kernels for `norm`."""
+    def run(name: str, *tensors: Tensor) -> None:
+        getattr(kernels, name)(*tensors, norm.n, norm.towers, norm.k, norm.alpha, norm.beta, relu)
+
+    return run
+
+
+@functools.cache
+def gpu_kernels() -> ModuleType | None:
+    """Return model.gpu_kernels, or None, with a warning, where there is no Triton or no C compiler for it."""
+    if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        logger.warning("no C compiler (gcc): response normalisation is slow on this GPU")
+        return None
+    try:
+        from model import gpu_kernels
+    except ImportError:
+        logger.warning("no Triton: response normalisation is slow on this GPU")
+        return None
+    return gpu_kernels
+
+
+class _FusedResponseNorm(torch.autograd.Function):
+    """Keeps x for backward, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Kernel) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x)
+        ctx.kernel = kernel
+        y = torch.empty_like(x)
+        kernel("normalise", x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        ctx.kernel("normalise_backward", x, grad.contiguous(memory_format=torch.channels_last), grad_x)
+        return grad_x, None
+
+
+@functools.cache
+def _window_factors(channels: int, n: int, towers: int):
+    return compiled_kernels().window_factors(channels, n, towers)
 
 
 @functools.lru_cache
@@ -53,32 +128,6 @@ def _window(channels: int, n: int, towers: int, dtype: torch.dtype, device: torc
     near = (c[:, None] - c[None, :]).abs() <= n // 2
     same_tower = c[:, None] * towers // channels == c[None, :] * towers // channels
     return (near & same_tower).to(dtype)
-
-
-class _CompiledResponseNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, kernels: ModuleType, n: int, towers: int, k: float, alpha: float,
-                floor: float) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(x)
-        ctx.kernels, ctx.settings = kernels, (_window_factors(x.shape[1], n, towers), k, alpha, floor)
-        y = torch.empty_like(x)
-        on_all_threads(kernels.normalise, (_places(x), _places(y)), *ctx.settings)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        on_all_threads(ctx.kernels.normalise_backward, (_places(x), _places(grad), _places(grad_x)), *ctx.settings)
-        return grad_x, None, None, None, None, None, None
-
-
-@functools.cache
-def _window_factors(channels: int, n: int, towers: int):
-    return compiled_kernels().window_factors(channels, n, towers)
 
 
 class _ResponseNorm(torch.autograd.Function):
@@ -118,10 +167,6 @@ def _blocks(x: Tensor) -> list[slice]:
 
 def _maps_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1)  # [N, H, W, C]: contiguous where x is channels_last
-
-
-def _places(x: Tensor) -> Tensor:
-    return _maps_last(x).flatten(0, 2)  # [N H W, C], a view of channels_last
 
 
 def _power(d: Tensor, beta: float) -> Tensor:

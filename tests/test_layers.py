@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -83,7 +86,7 @@ def test_compiled_response_norm_is_the_formula(channels, towers, n, size, relu, 
     grad = torch.randn(x.shape)
     norm = LocalResponseNorm(2.0, n, 1e-3, 0.75, towers)
     y, expected = norm(x, relu), norm(exact.relu() if relu else exact)
-    assert "Compiled" in type(y.grad_fn).__name__ and "Compiled" not in type(expected.grad_fn).__name__
+    assert "Fused" in type(y.grad_fn).__name__ and "Fused" not in type(expected.grad_fn).__name__
     y.backward(grad)
     expected.backward(grad.double())
     torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=0)
@@ -111,6 +114,53 @@ def test_compiled_response_norm_is_the_same_on_any_number_of_threads(monkeypatch
     for threads in (2, 3, 7):
         assert all(map(torch.equal, results(threads), results(1)))
     assert LocalResponseNorm(2.0, 5, 0.1, 0.75, 2)(x[:0]).shape == (0, 20, 13, 13)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels, run by its interpreter on the CPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sys.modules.pop("model.gpu_kernels", None)
+    yield importlib.import_module("model.gpu_kernels")
+    sys.modules.pop("model.gpu_kernels")
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels, towers, n, beta, dtype, tolerance", [
+    (96, 2, 5, 0.75, torch.float32, 1e-6), (7, 1, 3, 0.6, torch.float32, 1e-6), (6, 2, 1, 0.75, torch.float32, 1e-6),
+    (2, 2, 5, 0.75, torch.float32, 1e-6), (48, 1, 5, 0.75, torch.float16, 2e-3),
+    (48, 1, 5, 0.75, torch.bfloat16, 2e-2),  # the interpreter rounds to it coarsely
+])  # fmt: skip
+def test_gpu_kernels_are_the_formula_when_interpreted(interpreted, channels, towers, n, beta, dtype, tolerance, relu):
+    x = (torch.randn(2, channels, 5, 7) * 30).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    norm = LocalResponseNorm(2.0, n, 1e-3, beta, towers)
+    y = response_norm._FusedResponseNorm.apply(x, response_norm.gpu_kernel(interpreted, norm, relu))
+    expected, grad = norm(exact, relu), torch.randn(x.shape).to(dtype)
+    y.backward(grad)
+    expected.backward(grad.double())
+    y, expected = y.detach(), expected.detach()
+    assert y.dtype == x.grad.dtype == dtype
+    for found, right in ((y, expected), (x.grad, exact.grad)):
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=tolerance * float(right.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2),
+                                              (torch.float64, 1e-12)])
+@pytest.mark.parametrize("channels, towers, size, relu", [(96, 2, 55, True), (7, 1, 5, False), (48, 1, 27, True)])
+def test_response_norm_on_a_gpu_is_the_formula(channels, towers, size, relu, dtype, tolerance):
+    x = (torch.randn(3, channels, size, size, device="cuda") * 30).to(dtype).requires_grad_()
+    exact = x.detach().double().cpu().requires_grad_()
+    norm = LocalResponseNorm(2.0, 5, 1e-3, 0.75, towers)
+    y, expected, grad = norm(x, relu), norm(exact, relu), torch.randn_like(x)
+    y.backward(grad)
+    expected.backward(grad.double().cpu())
+    assert ("Fused" in type(y.grad_fn).__name__) == (dtype != torch.float64)
+    y, expected = y.detach(), expected.detach()
+    for found, right in ((y, expected), (x.grad, exact.grad)):
+        torch.testing.assert_close(found.double().cpu(), right, rtol=0, atol=tolerance * float(right.abs().max()))
 
 
 def test_response_norm_without_numba_is_the_same(monkeypatch):
