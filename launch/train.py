@@ -131,7 +131,7 @@ class Trainer:
         stop = min(self.total_steps, self.options.stop_after or self.total_steps)
         errors, saved_at = None, time.monotonic()
         images = TrainingLoader(self.training, self.mean, self.batches, self.world.device, self.recipe.pixel_scale,
-                                self.world.threads, self.step)
+                                self.world.threads, self.step, self.world.pictures)
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=None if self.world.leads else True,
                    dynamic_ncols=True)
         trace = self.folder.trace_path(self.world.rank) if self.options.profile else None

@@ -22,6 +22,7 @@ from launch.environment import (
     usable_cores,
 )
 from launch.errors import UserError
+from launch.picture_swap import GlooSwap
 from launch.precision import choose_precision
 from model.errors import PeerError, reason
 from model.exchange import Exchange
@@ -47,6 +48,7 @@ class World:
     store: dist.Store | None = None
     exchange: Exchange | None = None
     precision: str = "fp32"
+    pictures: GlooSwap | None = None  # where two towers on CPUs share the decoding
 
     @property
     def leads(self) -> bool:
@@ -101,6 +103,8 @@ class World:
                                     rank=self.rank, world_size=self.size, timeout=limit)
         except RuntimeError as error:
             raise PeerError(f"no connection to the other tower ({reason(error)})") from None
+        if self.device.type == "cpu":
+            self.pictures = GlooSwap(self.rank, self.timeout_s)
         if self.transport in ("rpc", "rpc-staged"):
             from model.exchange.rpc import RpcExchange
 

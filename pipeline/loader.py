@@ -19,7 +19,10 @@ from nvidia.dali import fn, pipeline_def, types
 from pipeline.batches import CROP, Batch, TrainingBatches, views_of
 from pipeline.errors import DataError
 from pipeline.manifest import IMAGE_SIZE
+from pipeline.pixels.shared import PictureSwap, SharedPixels, half_of, part_of
 from pipeline.shards import ShardImages
+
+EVERYTHING = slice(None)
 
 
 class _Source:
@@ -29,8 +32,8 @@ class _Source:
     The StopIteration of `batches` tells DALI of the end.
     """
 
-    def __init__(self, images: ShardImages, batches: Iterator[Batch]):
-        self._images, self._batches = images, batches
+    def __init__(self, images: ShardImages, batches: Iterator[Batch], part: slice):
+        self._images, self._batches, self._part = images, batches, part
         self.under_way: deque[Batch] = deque()  # what DALI has not returned yet, oldest first
         self.seconds = 0.0  # of processor time
 
@@ -38,9 +41,10 @@ class _Source:
         start = time.thread_time()
         batch = next(self._batches)
         self.under_way.append(batch)
-        stored = self._images.stored_batch(batch.indices)
+        part = part_of(batch, self._part) if self._part != EVERYTHING else batch
+        stored = self._images.stored_batch(part.indices)
         self.seconds += time.thread_time() - start
-        return stored, batch
+        return stored, part
 
 
 class _Delivery:
@@ -48,15 +52,21 @@ class _Delivery:
 
     def __init__(
         self, images: ShardImages, batches: Iterator[Batch], mean: np.ndarray, scale: float, crop: int,
-        views: Batch | None, batch_size: int, threads: int, device: torch.device,
+        views: Batch | None, batch_size: int, threads: int, device: torch.device, swap: PictureSwap | None = None,
     ):
         self._images, self._device = images, device
+        if device.type == "cuda" or images.store == "raw" or batch_size % 2:
+            swap = None  # nothing is decoded, or not where it would be swapped
+        part = half_of(batch_size, swap.rank) if swap else EVERYTHING
         if device.type == "cuda":  # numba, which the CPU's way needs, is imported only where it is used
             from pipeline.pixels.on_gpu import PixelsOnGpu as Pixels
         else:
             from pipeline.pixels.on_cpu import PixelsOnCpu as Pixels
-        self.source = _Source(images, batches)
-        self._pixels = Pixels(self.source, images.store, mean, scale, crop, views, batch_size, threads, device)
+        self.source = _Source(images, batches, part)
+        self._pixels = Pixels(self.source, images.store, mean, scale, crop, views,
+                              batch_size // 2 if swap else batch_size, threads, device)
+        if swap:
+            self._pixels = SharedPixels(self._pixels, swap, batch_size, crop)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (pixels float32 [N * V, 3, crop, crop], labels int64 [N]); raise StopIteration after the last."""
@@ -124,6 +134,9 @@ class TrainingLoader:
     computes; `wait_s` adds up the seconds that the caller had to wait for them nevertheless, `source_s` the processor
     time in which Python found the images and drew crops, flips and shifts (in the caller's thread).
 
+    With `swap` two processes share the decoding of JPEGs on the CPU; both must ask for the same batches, of an even
+    size. The batches are the same with it and without.
+
     `mean` is float32 [256, 256, 3], RGB in 0-255. Raises DataError for a mean of another shape, and in iteration where
     a stored image cannot be decoded. Use it in a `with` statement, or call close(), to release DALI's threads.
     """
@@ -137,13 +150,14 @@ class TrainingLoader:
         scale: float = 1.0,
         threads: int = 1,
         start_step: int = 0,
+        swap: PictureSwap | None = None,
     ):
         if batches.images != len(images) or batches.image_size != IMAGE_SIZE:
             raise ValueError(f"batches of {batches.images} images of {batches.image_size} pixels for {len(images)}")
         self.wait_s = 0.0
         self._delivery = _Delivery(
             images, _from_step(batches, start_step), _checked(mean), scale, batches.crop, None, batches.batch_size,
-            threads, _device(device),
+            threads, _device(device), swap,
         )
 
     @property

@@ -59,4 +59,8 @@ class PixelsOnCpu:
 
     def pixels(self, output: TensorListCPU, batch: Batch) -> torch.Tensor:
         """Return float32 [K, crop, crop, 3] of the output for `batch`."""
-        return self._finisher.finish(torch.from_dlpack(output.as_tensor()).numpy(), batch)
+        return self.finish(torch.from_dlpack(output.as_tensor()).numpy(), batch)
+
+    def finish(self, images: np.ndarray, batch: Batch) -> torch.Tensor:
+        """Return the same of the output's bytes."""
+        return self._finisher.finish(images, batch)
