@@ -22,8 +22,11 @@ def compiled_kernels() -> ModuleType | None:
 
 
 def on_all_threads(kernel: Callable, tensors: tuple[Tensor, ...], *settings) -> None:
-    """Run `kernel(*arrays, *settings)` on CPU tensors of one length, an equal part on each of torch's threads."""
-    arrays = [tensor.detach().numpy() for tensor in tensors]
+    """Run `kernel(*arrays, *settings)` on CPU tensors of one length, an equal part on each of torch's threads.
+
+    A bfloat16 tensor's array is uint16: its bits.
+    """
+    arrays = [(t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).detach().numpy() for t in tensors]
     threads, length = torch.get_num_threads(), len(arrays[0])
     cuts = [length * i // threads for i in range(threads + 1)]
     own, *others = ([array[first:last] for array in arrays] for first, last in zip(cuts, cuts[1:]))

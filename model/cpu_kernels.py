@@ -1,16 +1,17 @@
 """Response normalisation, forward and backward, and the update rule on the CPU, each in one pass over memory (Numba).
 
-The normalisation's arrays are [places, C] in single precision, the channels of a place side by side. A few places at a
-time go through buffers that stay in a core's first cache, so that memory is read and written once. Loops run over
-places and channels alike; what a window must not reach (the next place, the other tower) is multiplied by a zero of
-`near`.
+The normalisation's arrays are [places, C], the channels of a place side by side: float32, or uint16 for the bits of
+bfloat16, which NumPy lacks; arithmetic is in single precision. A few places at a time go through buffers that stay in a
+core's first cache, so that memory is read and written once. Loops run over places and channels alike; what a window
+must not reach (the next place, the other tower) is multiplied by a zero of `near`.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
-from numpy import float32, int32
+from numba.extending import overload
+from numpy import float32, int32, uint16, uint32
 
 REACH = 2  # channels to either side: windows of up to 5
 BLOCK = 1024  # numbers at a time, about
@@ -33,6 +34,36 @@ def window_factors(channels: int, n: int, towers: int) -> np.ndarray:
         same_tower = (j >= 0) & (j < channels) & (j * towers // channels == c * towers // channels)
         factors.append(np.tile(same_tower & (abs(offset) <= n // 2), max(1, BLOCK // channels)))
     return np.array(factors, float32)
+
+
+def _number(stored):
+    """Return a number of an array as float32."""
+
+
+def _stored(number, array):
+    """Return a float32 as `array` holds it."""
+
+
+@overload(_number, inline="always")
+def _number_of_its_type(stored):
+    if stored == numba.uint16:
+        return lambda stored: uint32(uint32(stored) << uint32(16)).view(float32)
+    return lambda stored: stored
+
+
+@overload(_stored, inline="always")
+def _stored_as_its_type(number, array):
+    if array.dtype == numba.uint16:
+        return lambda number, array: _bfloat16_bits(number)
+    return lambda number, array: number
+
+
+@numba.njit(inline="always")
+def _bfloat16_bits(number):
+    """To the nearest, halves to the even one. A NaN of arithmetic stays one."""
+    bits = float32(number).view(uint32)
+    odd = uint32(bits >> uint32(16)) & uint32(1)
+    return uint16(uint32(bits + uint32(0x7FFF) + odd) >> uint32(16))
 
 
 @numba.njit(inline="always")
@@ -67,14 +98,16 @@ def normalise(x, y, near, k, alpha, floor):
         length = last - first
         squares = padded[REACH : REACH + length]
         for i in range(length):
-            a = floor if here[i] <= floor else here[i]
+            a = _number(here[i])
+            a = floor if a <= floor else a
             squares[i] = a * a
         l2, l1, r1, r2 = padded[:length], padded[1 : 1 + length], padded[3 : 3 + length], padded[4 : 4 + length]
         for i in range(length):
             total = squares[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
             root = _fourth_root_of_inverse(k + alpha * total)
-            a = floor if here[i] <= floor else here[i]
-            out[i] = a * root * root * root
+            a = _number(here[i])
+            a = floor if a <= floor else a
+            out[i] = _stored(a * root * root * root, out)
 
 
 @numba.njit(**_compiled)
@@ -92,22 +125,25 @@ def normalise_backward(x, grad, grad_x, near, k, alpha, floor):
         length = last - first
         squares, through = padded[REACH : REACH + length], padded_through[REACH : REACH + length]
         for i in range(length):
-            a = floor if here[i] <= floor else here[i]
+            a = _number(here[i])
+            a = floor if a <= floor else a
             squares[i] = a * a
         l2, l1, r1, r2 = padded[:length], padded[1 : 1 + length], padded[3 : 3 + length], padded[4 : 4 + length]
         for i in range(length):
             total = squares[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
             root = _fourth_root_of_inverse(k + alpha * total)
-            a = floor if here[i] <= floor else here[i]
+            a = _number(here[i])
+            a = floor if a <= floor else a
             square = root * root
-            d = above[i] * square * root
+            d = _number(above[i]) * square * root
             direct[i] = d
             through[i] = d * a * square * square
         l2, l1 = padded_through[:length], padded_through[1 : 1 + length]
         r1, r2 = padded_through[3 : 3 + length], padded_through[4 : 4 + length]
         for i in range(length):
             total = through[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
-            out[i] = float32(0) if here[i] <= floor else direct[i] - factor * here[i] * total
+            a = _number(here[i])
+            out[i] = _stored(float32(0) if a <= floor else direct[i] - factor * a * total, out)
 
 
 @numba.njit(**_compiled)

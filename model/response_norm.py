@@ -1,7 +1,7 @@
 """Local response normalisation (section 3.3), of ReLU's output where asked, in one pass.
 
-Kernels do it: on the CPU in single precision (Numba) and on a GPU in single and half precision (Triton), for windows
-like the paper's. Anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
+Kernels do it: on the CPU for float32 and bfloat16 (Numba), on a GPU for float16 too (Triton), for windows like the
+paper's. Anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class LocalResponseNorm(nn.Module):
             return None
         if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (gpu := gpu_kernels()):
             return gpu_kernel(gpu, self, relu)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and self.beta == 0.75 and (cpu := compiled_kernels()):
+        on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        if on_cpu and self.beta == 0.75 and (cpu := compiled_kernels()):
             return _cpu_kernel(cpu, self, x.shape[1], relu)
         return None
 
