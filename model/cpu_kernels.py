@@ -67,6 +67,12 @@ def _bfloat16_bits(number):
 
 
 @numba.njit(inline="always")
+def _activation(stored, floor):
+    x = _number(stored)
+    return floor if x <= floor else x
+
+
+@numba.njit(inline="always")
 def _fourth_root_of_inverse(s):
     """s^(-1/4) to 4e-7 of it: a guess from the bits of s > 0, then two steps of Householder's cubic iteration.
 
@@ -98,15 +104,13 @@ def normalise(x, y, near, k, alpha, floor):
         length = last - first
         squares = padded[REACH : REACH + length]
         for i in range(length):
-            a = _number(here[i])
-            a = floor if a <= floor else a
+            a = _activation(here[i], floor)
             squares[i] = a * a
         l2, l1, r1, r2 = padded[:length], padded[1 : 1 + length], padded[3 : 3 + length], padded[4 : 4 + length]
         for i in range(length):
             total = squares[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
             root = _fourth_root_of_inverse(k + alpha * total)
-            a = _number(here[i])
-            a = floor if a <= floor else a
+            a = _activation(here[i], floor)
             out[i] = _stored(a * root * root * root, out)
 
 
@@ -125,15 +129,13 @@ def normalise_backward(x, grad, grad_x, near, k, alpha, floor):
         length = last - first
         squares, through = padded[REACH : REACH + length], padded_through[REACH : REACH + length]
         for i in range(length):
-            a = _number(here[i])
-            a = floor if a <= floor else a
+            a = _activation(here[i], floor)
             squares[i] = a * a
         l2, l1, r1, r2 = padded[:length], padded[1 : 1 + length], padded[3 : 3 + length], padded[4 : 4 + length]
         for i in range(length):
             total = squares[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
             root = _fourth_root_of_inverse(k + alpha * total)
-            a = _number(here[i])
-            a = floor if a <= floor else a
+            a = _activation(here[i], floor)
             square = root * root
             d = _number(above[i]) * square * root
             direct[i] = d

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-REACH = 2  # channels to either side: windows of up to 5
 BLOCK = 1024  # numbers a program
 
 

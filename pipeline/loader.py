@@ -41,7 +41,7 @@ class _Source:
         start = time.thread_time()
         batch = next(self._batches)
         self.under_way.append(batch)
-        part = part_of(batch, self._part) if self._part != EVERYTHING else batch
+        part = part_of(batch, self._part)
         stored = self._images.stored_batch(part.indices)
         self.seconds += time.thread_time() - start
         return stored, part

@@ -116,6 +116,20 @@ def test_compiled_response_norm_is_the_same_on_any_number_of_threads(monkeypatch
     assert LocalResponseNorm(2.0, 5, 0.1, 0.75, 2)(x[:0]).shape == (0, 20, 13, 13)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_response_normalisation_of_bfloat16_on_the_cpu_is_that_of_float32_rounded(relu):
+    norm = LocalResponseNorm(2.0, 5, 1e-4, 0.75, towers=2)
+    x = (30 * torch.randn(3, 12, 7, 5)).bfloat16().contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[1, 3, 2, 2], grad = float("nan"), float("inf"), torch.randn_like(x)
+    found, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    y, y_exact = norm(found, relu), norm(exact, relu)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, y_exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    y.backward(grad)
+    y_exact.backward(grad.float())
+    torch.testing.assert_close(found.grad, exact.grad.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Triton's kernels, run by its interpreter on the CPU."""
@@ -218,17 +232,3 @@ def test_dropout_depends_on_each_key(other):
 def test_dropout_in_evaluation_scales_by_the_share_kept():
     layer = Dropout(0.3, 4, seed=0, layer="fc6", tower=None).eval()
     assert torch.equal(layer(torch.full((2, 4), 10.0), step=3), torch.full((2, 4), 10.0) * 0.7)
-
-
-@pytest.mark.parametrize("relu", [False, True])
-def test_response_normalisation_of_bfloat16_on_the_cpu_is_that_of_float32_rounded(relu):
-    norm = LocalResponseNorm(2.0, 5, 1e-4, 0.75, towers=2)
-    x = (30 * torch.randn(3, 12, 7, 5)).bfloat16().contiguous(memory_format=torch.channels_last)
-    x[0, 0, 0, 0], x[1, 3, 2, 2], grad = float("nan"), float("inf"), torch.randn_like(x)
-    found, exact = x.clone().requires_grad_(), x.float().requires_grad_()
-    y, y_exact = norm(found, relu), norm(exact, relu)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, y_exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
-    y.backward(grad)
-    y_exact.backward(grad.float())
-    torch.testing.assert_close(found.grad, exact.grad.bfloat16(), rtol=0, atol=0, equal_nan=True)

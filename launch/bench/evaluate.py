@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from launch import facts
 from launch.bench.floors import seconds_of
-from launch.bench.report import result, spread
+from launch.bench.report import beside, result
 from launch.bench.step import made_up
 from launch.bench.step_peers import stock
 from launch.evaluate import error_rates
@@ -55,13 +55,12 @@ def evaluate_speed(world: World, recipe: Recipe, classes: int, batch: int, repea
     return result(
         "evaluate", "images_per_s", ours, recipe=recipe.name, batch=batch, views=VIEWS, processes=world.size,
         threads=world.threads, device=str(world.device), precision=world.precision,
-        peers={name: spread(values) for name, values in rates.items()},
-        **{f"vs_{name}": spread([a / b for a, b in zip(ours, values)]) for name, values in rates.items()},
+        **beside(ours, rates),
         **({"transport": world.transport} if world.exchange else {}))
 
 
 @torch.no_grad()
 def _stock_probabilities(network: nn.Module, pixels: Tensor, mixed: torch.dtype | None) -> Tensor:
-    with torch.autocast(pixels.device.type, mixed or torch.bfloat16, enabled=mixed is not None):
+    with torch.autocast(pixels.device.type, mixed, enabled=mixed is not None):
         logits = network(pixels)
     return logits.float().softmax(1).unflatten(0, (-1, VIEWS)).mean(1).argmax(1).cpu()

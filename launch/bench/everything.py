@@ -11,8 +11,6 @@ from pathlib import Path
 from launch import facts
 from launch.errors import UserError
 
-ROOT = facts.ROOT
-
 
 def parts(shards: Path | None, images: Path | None, settings: list[str],
           device: list[str]) -> Iterator[tuple[str, int, list[str]]]:
@@ -73,7 +71,7 @@ def _measure(processes: int, arguments: list[str]) -> dict | str:
     program = ["-m", "launch.cli", "bench", *arguments]
     if processes > 1:
         program = ["-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes), *program]
-    done = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *program], cwd=facts.ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return (done.stderr.strip().splitlines() or ["no output"])[-1]

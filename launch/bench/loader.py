@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from launch.bench import loader_peers
-from launch.bench.report import result, spread
+from launch.bench.report import beside, result, spread
 from launch.environment import usable_cores
 from launch.world import device_named
 from pipeline.batches import Lighting, TrainingBatches
@@ -70,8 +70,7 @@ def loader_speed(
     ours = rates.pop("ours")
     return result(
         "loader", "images_per_s", ours, store=images.store, batch=batch, threads=threads, device=str(device),
-        source_share=spread(shares), peers={name: spread(values) for name, values in rates.items()},
-        **{f"vs_{name}": spread([a / b for a, b in zip(ours, values)]) for name, values in rates.items()},
+        source_share=spread(shares), **beside(ours, rates),
         left_out=left_out,
     )
 

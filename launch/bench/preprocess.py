@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from launch.bench import preprocess_peers
-from launch.bench.report import result, spread
+from launch.bench.report import beside, result
 from launch.environment import usable_cores
 from launch.errors import UserError
 from pipeline.packing.plan import Packing
@@ -59,8 +59,7 @@ def preprocess_speed(
         "preprocess", "images_per_s", ours, store=store, images=packed, workers=workers,
         left_out=len(files) - len(found),
         mean_bytes=round(statistics.mean(path.stat().st_size for path in found)),
-        peers={name: spread(values) for name, values in rates.items()},
-        **{f"vs_{name}": spread([a / b for a, b in zip(ours, values)]) for name, values in rates.items()},
+        **beside(ours, rates),
     )
 
 

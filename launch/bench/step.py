@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launch import facts
 from launch.bench.floors import copy_seconds, multiply_rate, seconds_of, step_work
-from launch.bench.report import result, spread
+from launch.bench.report import beside, result, spread
 from launch.bench.step_peers import StockStep, stock, torchvision_shape
 from launch.precision import MIXED
 from launch.world import World
@@ -69,8 +69,7 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
         threads=world.threads, device=str(world.device), precision=world.precision, **floors,
         of_arithmetic=spread([rate / recipe.batch * floors["arithmetic_s"] for rate in ours]),
         of_bytes=spread([rate / recipe.batch * floors["bytes_s"] for rate in ours]),
-        peers={name: spread(values) for name, values in rates.items()},
-        **{f"vs_{name}": spread([a / b for a, b in zip(ours, values)]) for name, values in rates.items()},
+        **beside(ours, rates),
         **({"transport": world.transport, "waiting_for_peer": spread(shares)} if shares else {}))
 
 

@@ -122,7 +122,7 @@ def bench_exchange(recipe: str, repeats: int, **process) -> None:
 @click.argument("out", type=FOLDER)
 @click.option("--shards", type=FOLDER, help="For the loader.")
 @click.option("--images", type=FOLDER, help="A folder of JPEG files, for packing.")
-@click.option("--recipe", default="notes", show_default=True)
+@RECIPE
 @click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
 @click.option("--precision", type=click.Choice(PRECISIONS))
 def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, device: str | None,

@@ -58,5 +58,5 @@ class SharedPixels:
 
 
 def part_of(batch: Batch, part: slice) -> Batch:
-    """Return that part of a batch's images; for one crop an image."""
+    """Return that part of a batch's images: all, or some where there is one crop an image."""
     return Batch(*(np.asarray(column)[part] for column in vars(batch).values()))
