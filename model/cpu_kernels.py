@@ -1,4 +1,4 @@
-"""Response normalisation, forward and backward, and the update rule on the CPU, each in one pass over memory (Numba).
+"""Response normalisation on the CPU, forward and backward, each in one pass over memory (Numba).
 
 The normalisation's arrays are [places, C], the channels of a place side by side: float32, or uint16 for the bits of
 bfloat16, which NumPy lacks; arithmetic is in single precision. A few places at a time go through buffers that stay in a
@@ -146,13 +146,3 @@ def normalise_backward(x, grad, grad_x, near, k, alpha, floor):
             total = through[i] + left1[i] * l1[i] + right1[i] * r1[i] + left2[i] * l2[i] + right2[i] * r2[i]
             a = _number(here[i])
             out[i] = _stored(float32(0) if a <= floor else direct[i] - factor * a * total, out)
-
-
-@numba.njit(**_compiled)
-def momentum_update(weight, velocity, grad, momentum, decay, rate):
-    """v <- momentum v - decay w - rate g ; w <- w + v, in place (section 5). All flat, of one length."""
-    momentum, decay, rate = float32(momentum), float32(decay), float32(rate)
-    for i in range(weight.size):
-        v = momentum * velocity[i] - decay * weight[i] - rate * grad[i]
-        velocity[i] = v
-        weight[i] += v

@@ -42,6 +42,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float, neurons: int, seed: int, layer: str, tower: int | None):
         super().__init__()
         self.p, self.neurons, self.seed, self.layer, self.tower = p, neurons, seed, layer, tower
+        self.drawn: Tensor | None = None  # where the mask was drawn before the step (model.captured)
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """x [N, F] -> [N, F]; F is `neurons`, or the tower's half of them."""
@@ -49,11 +50,16 @@ class Dropout(nn.Module):
             return x
         if not self.training:
             return x * (1 - self.p)
-        random = generator(x.device, self.seed, "dropout", self.layer, step)
-        kept = torch.empty(len(x), self.neurons, device=x.device).bernoulli_(1 - self.p, generator=random)
+        kept = self.drawn
+        if kept is None:
+            kept = self.draw(torch.empty(len(x), self.neurons, device=x.device), step)
         if self.tower is not None:
             kept = kept.chunk(2, dim=1)[self.tower]
         return x * kept.to(x.dtype)
+
+    def draw(self, kept: Tensor, step: int) -> Tensor:
+        """Fill `kept` [N, neurons] with the mask of a step, 1 for what is kept, and return it."""
+        return kept.bernoulli_(1 - self.p, generator=generator(kept.device, self.seed, "dropout", self.layer, step))
 
 
 class Linear(nn.Linear):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from model.captured import CapturedPasses
 from model.exchange import Exchange
 from model.network import AlexNet
 from model.optimizer import MomentumSGD
@@ -16,27 +17,36 @@ class TrainingStep:
     """`step(pixels, labels, number)` moves the weights once and returns the loss and how many labels came first.
 
     pixels float32 [N, 3, 224, 224], labels int64 [N]; `number` is the step's, from which dropout is drawn. Where the
-    network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there.
+    network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there. The
+    whole network on a GPU becomes a CUDA graph.
     """
 
     def __init__(self, network: AlexNet, optimizer: MomentumSGD, first_class: int = 0,
                  exchange: Exchange | None = None):
         self.network, self.optimizer, self.first_class, self.exchange = network, optimizer, first_class, exchange
-        self.loss_scale = LossScale() if network.mixed == torch.float16 else None
+        device = next(network.parameters()).device
+        self.loss_scale = LossScale(device) if network.mixed == torch.float16 else None
+        self._passes = self._both_passes
+        if device.type == "cuda" and exchange is None:
+            self._passes = CapturedPasses(network, self._both_passes)
 
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self.network.train()
-        self.optimizer.zero_grad()
-        with record_function("forward"):
-            loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
-        with record_function("backward"):
-            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+        loss, right = self._passes(pixels, labels, number)
         if self.loss_scale is None:
             self.optimizer.step()
         else:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             if self.loss_scale.unscale(gradients, self.exchange):
                 self.optimizer.step()
+        return loss, right
+
+    def _both_passes(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad()
+        with record_function("forward"):
+            loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
+        with record_function("backward"):
+            (loss if self.loss_scale is None else loss * self.loss_scale.factor).backward()
         return loss.detach(), right
 
 
@@ -44,8 +54,19 @@ class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): halved after an overflow, whose step is left out,
     doubled after `patience` steps without. Two towers skip the same steps."""
 
-    def __init__(self, scale: float = 65536.0, patience: int = 2000):
-        self.scale, self.patience, self.good_steps = scale, patience, 0
+    def __init__(self, device: torch.device | str = "cpu", scale: float = 65536.0, patience: int = 2000):
+        self.factor = torch.tensor(scale, device=device)  # in one place: a CUDA graph multiplies by it
+        self.patience, self.good_steps = patience, 0
+        self.scale = scale
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = scale
+        self.factor.fill_(scale)
 
     def unscale(self, gradients: list[Tensor], exchange: Exchange | None) -> bool:
         """Divide gradients by the scale, in place; return whether all of them, the peer's too, are finite."""

@@ -56,7 +56,7 @@ def test_an_overflow_halves_the_scale_and_leaves_the_step_out():
 
 
 def test_the_scale_grows_after_good_steps_only():
-    scale = LossScale(8.0, patience=2)
+    scale = LossScale(scale=8.0, patience=2)
     assert scale.unscale([torch.tensor([16.0])], None) and scale.scale == 8
     assert not scale.unscale([torch.tensor([float("inf")])], None) and scale.scale == 4
     gradient = torch.tensor([16.0])
