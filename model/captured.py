@@ -25,24 +25,24 @@ class CapturedPasses:
     """
 
     def __init__(self, network: AlexNet, passes: Passes):
-        self._network, self._passes = network, passes
+        self._passes = passes
         self._dropouts = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.p]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self._calls += 1
-        if self._calls <= EAGER_CALLS or self._graph and pixels.shape != self._pixels.shape:
+        if self._calls <= EAGER_CALLS:
             return self._passes(pixels, labels, number)
         if self._graph is None:
             self._capture(pixels, labels, number)
+        if pixels.shape != self._pixels.shape:
+            raise ValueError(f"a batch of shape {list(pixels.shape)} after those of {list(self._pixels.shape)}")
         self._pixels.copy_(pixels)
         self._labels.copy_(labels)
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.draw(mask, number)
         self._graph.replay()
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
         return tuple(output.clone() for output in self._outputs)
 
     def _capture(self, pixels: Tensor, labels: Tensor, number: int) -> None:
@@ -58,5 +58,4 @@ class CapturedPasses:
         finally:
             for dropout in self._dropouts:
                 dropout.drawn = None
-        self._gradients = [(p, p.grad) for p in self._network.parameters() if p.grad is not None]
         self._graph = graph

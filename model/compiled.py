@@ -1,14 +1,21 @@
-"""The compiled kernels of model.cpu_kernels, where Numba is there for them, and how they run on torch's threads."""
+"""The compiled kernels of model.cpu_kernels and model.gpu_kernels, where Numba and Triton are there for them, and how
+the former run on torch's threads."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -19,6 +26,20 @@ def compiled_kernels() -> ModuleType | None:
     except ImportError:
         return None
     return cpu_kernels
+
+
+@functools.cache
+def gpu_kernels() -> ModuleType | None:
+    """Return model.gpu_kernels, or None, with a warning, where there is no Triton or no C compiler for it."""
+    if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        logger.warning("no C compiler (gcc): training is slow on this GPU")
+        return None
+    try:
+        from model import gpu_kernels
+    except ImportError:
+        logger.warning("no Triton: training is slow on this GPU")
+        return None
+    return gpu_kernels
 
 
 def on_all_threads(kernel: Callable, tensors: tuple[Tensor, ...], *settings) -> None:

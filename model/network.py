@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Dropout, Linear, MapNorm
+from model.layers import Dropout, GroupedConv2d, ImageConv2d, Linear, MapNorm
 from model.random import generator
 from model.recipe import CONVOLUTIONS, LAYERS, Recipe
 from model.response_norm import LocalResponseNorm
+
+
+IMAGE_SIDE = 227  # places with the zeros: the paper's 224 -> 55 is a rounding up
 
 
 class Convolution(NamedTuple):
@@ -56,9 +59,12 @@ class AlexNet(nn.Module):
     def __init__(self, recipe: Recipe, classes: int, seed: int = 0):
         super().__init__()
         for conv in convolutions(recipe):
-            groups = recipe.towers if conv.reads == "own" else 1
-            self.add_module(conv.name, nn.Conv2d(conv.maps, conv.kernels, conv.size, conv.stride, conv.padding,
-                                                 groups=groups))
+            if conv.reads == "image":
+                layer = ImageConv2d(conv.maps, conv.kernels, conv.size, conv.stride, IMAGE_SIDE)
+            else:
+                layer = GroupedConv2d(conv.maps, conv.kernels, conv.size, conv.stride, conv.padding,
+                                      groups=recipe.towers if conv.reads == "own" else 1)
+            self.add_module(conv.name, layer)
         f6, f7 = recipe.neurons
         self.fc6 = Linear(convolutions(recipe)[-1].kernels * 6 * 6, f6)
         self.fc7 = Linear(f6, f7)
@@ -91,19 +97,27 @@ class AlexNet(nn.Module):
         return torch.autocast(images.device.type, self.mixed) if self.mixed else nullcontext()
 
     def _hidden(self, images: Tensor, step: int) -> Tensor:
-        missing = 227 - images.shape[-1]  # 3 of 224: the paper's 224 -> 55 is a rounding up
-        x = F.pad(images, (0, missing, 0, missing))  # 3 x 227 x 227
-        x = self.conv1(x)  # 96 x 55 x 55
+        x = self.conv1(images)  # 96 x 55 x 55
         if self.lrn_before_relu:
             x = self.activate(self.pool(self.lrn(x)))  # 96 x 27 x 27
         else:
-            x = self.pool(self._normalised(x))
-        x = self.pool(self.map_norm(self._normalised(self.conv2(x))))  # 256 x 27 x 27 -> 256 x 13 x 13
+            x = self._normalised_and_pooled(x)
+        x = self.conv2(x)  # 256 x 27 x 27
+        if isinstance(self.map_norm, nn.Identity):
+            x = self._normalised_and_pooled(x)  # 256 x 13 x 13
+        else:
+            x = self.pool(self.map_norm(self._normalised(x)))
         for name in self.upper:  # 384 x 13 x 13, where conv3 reads both towers; again; 256 x 13 x 13
             x = self.activate(self.get_submodule(name)(x))
         x = self.pool(x).flatten(1)  # 256 x 6 x 6
         x = self.drop6(self.activate(self.fc6(x)), step)  # 4096; reads both
         return self.drop7(self.activate(self.fc7(x)), step)  # 4096; reads both
+
+    def _normalised_and_pooled(self, x: Tensor) -> Tensor:
+        """Return pool(lrn(activate(x))): in one pass where that is ReLU and a kernel can."""
+        if self.activate is F.relu and isinstance(self.lrn, LocalResponseNorm):
+            return self.lrn.pooled(x, self.pool)
+        return self.pool(self._normalised(x))
 
     def _normalised(self, x: Tensor) -> Tensor:
         """Return lrn(activate(x)): in one pass where that is ReLU and there is a normalisation."""

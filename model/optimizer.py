@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from model.compiled import gpu_kernels
 from model.recipe import Recipe
 from model.schedule import ByHand, Moment
 
@@ -47,20 +48,40 @@ class MomentumSGD(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9, weight_decay: float = 0.0005):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._rounded: dict[nn.Parameter, Tensor] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["velocity"] = torch.zeros_like(parameter)
+
+    def round(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Return a copy of `parameter` in half precision that stands for it from now on.
+
+        It has the gradient then, and every step writes it anew, in the pass that moves the parameter. (CUDA.)
+        """
+        rounded = parameter.detach().to(dtype).requires_grad_()
+        self._rounded[parameter] = rounded
+        return rounded
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for rounded in self._rounded.values():
+            rounded.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters that have a gradient, in one pass over memory."""
         for group in self.param_groups:
+            momentum, decay, rate = group["momentum"], group["weight_decay"], group["lr"]
             parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            # torch's fused rule is b <- momentum b + (1 - dampening) (g + decay w) ; w <- w - lr b: with these two
-            # settings b is our velocity. (1 - (1 + rate) differs from -rate by 1e-16, far below a weight's rounding.)
-            torch._fused_sgd_(
-                parameters, [p.grad for p in parameters], [self.state[p]["velocity"] for p in parameters],
-                weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=1 + group["lr"], lr=-1.0,
-                nesterov=False, maximize=False, is_first_step=False)
+            if parameters:
+                # torch's fused rule is b <- momentum b + (1 - dampening) (g + decay w) ; w <- w - lr b: with these two
+                # settings b is our velocity. (1 - (1 + rate) is -rate to 1e-16, far below a weight's rounding.)
+                torch._fused_sgd_(
+                    parameters, [p.grad for p in parameters], [self.state[p]["velocity"] for p in parameters],
+                    weight_decay=decay, momentum=momentum, dampening=1 + rate, lr=-1.0, nesterov=False, maximize=False,
+                    is_first_step=False)
+            for parameter in group["params"]:
+                rounded = self._rounded.get(parameter)
+                if rounded is not None and rounded.grad is not None:
+                    gpu_kernels().momentum_update(parameter, self.state[parameter]["velocity"], rounded.grad, rounded,
+                                                  momentum, decay * rate, rate)

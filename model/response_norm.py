@@ -1,15 +1,12 @@
 """Local response normalisation (section 3.3), of ReLU's output where asked, in one pass.
 
-Kernels do it: on the CPU for float32 and bfloat16 (Numba), on a GPU for float16 too (Triton), for windows like the
-paper's. Anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
+Kernels do it for windows like the paper's: on the CPU for float32 and bfloat16 (Numba), on a GPU for float16 too and
+with the pooling that follows (Triton). Anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import shutil
 from collections.abc import Callable
 from types import ModuleType
 
@@ -17,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.compiled import compiled_kernels, on_all_threads
+from model.compiled import compiled_kernels, gpu_kernels, on_all_threads
 
-logger = logging.getLogger(__name__)
 CACHE_BLOCK_BYTES = 1 << 20
 
 
@@ -48,6 +44,12 @@ class LocalResponseNorm(nn.Module):
         window = _window(x.shape[1], self.n, self.towers, x.dtype, x.device)
         return _ResponseNorm.apply(x, window, self.k, self.alpha, self.beta)
 
+    def pooled(self, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
+        """Return pool(self(x, relu=True)): where a GPU has a kernel for it without writing what is pooled."""
+        if x.is_cuda and (pool.kernel_size, pool.stride) == (3, 2) and (kernel := self._kernel_for(x, relu=True)):
+            return _PooledResponseNorm.apply(x, kernel)
+        return pool(self(x, relu=True))
+
     def _kernel_for(self, x: Tensor, relu: bool) -> Kernel | None:
         if self.n > 5 or x.shape[1] % self.towers:
             return None
@@ -59,7 +61,8 @@ class LocalResponseNorm(nn.Module):
         return None
 
 
-# Called with ("normalise", x, y) or ("normalise_backward", x, grad, grad_x), channels_last, writes the last.
+# Called with ("normalise", x, y) or ("normalise_backward", x, grad, grad_x), channels_last, writes the last; a GPU's
+# also with the pooled pair of model.gpu_kernels.
 Kernel = Callable[..., None]
 
 
@@ -82,20 +85,6 @@ def gpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, relu: bool) -> Kern
     return run
 
 
-@functools.cache
-def gpu_kernels() -> ModuleType | None:
-    """Return model.gpu_kernels, or None, with a warning, where there is no Triton or no C compiler for it."""
-    if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
-        logger.warning("no C compiler (gcc): response normalisation is slow on this GPU")
-        return None
-    try:
-        from model import gpu_kernels
-    except ImportError:
-        logger.warning("no Triton: response normalisation is slow on this GPU")
-        return None
-    return gpu_kernels
-
-
 class _FusedResponseNorm(torch.autograd.Function):
     """Keeps x for backward, and nothing else."""
 
@@ -114,6 +103,30 @@ class _FusedResponseNorm(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         ctx.kernel("normalise_backward", x, grad.contiguous(memory_format=torch.channels_last), grad_x)
+        return grad_x, None
+
+
+class _PooledResponseNorm(torch.autograd.Function):
+    """Keeps x, and of each maximum a byte: its place in the window."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Kernel) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        sides = [(side - 3) // 2 + 1 for side in x.shape[2:]]
+        y = x.new_empty(*x.shape[:2], *sides).contiguous(memory_format=torch.channels_last)
+        where = torch.empty_like(y, dtype=torch.uint8)
+        kernel("normalise_and_pool", x, y, where)
+        ctx.save_for_backward(x, where)
+        ctx.kernel = kernel
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, where = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        ctx.kernel("normalise_and_pool_backward", x, grad, where, grad_x)
         return grad_x, None
 
 

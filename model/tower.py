@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.exchange import Exchange
-from model.layers import linear
-from model.network import AlexNet, convolutions, initialise
+from model.layers import ImageConv2d, Linear, linear
+from model.network import IMAGE_SIDE, AlexNet, convolutions, initialise
 from model.recipe import Recipe
 from model.response_norm import LocalResponseNorm
 
@@ -32,7 +32,7 @@ class JoinedConv2d(nn.Conv2d):
         return y + F.conv2d(self.exchange.finish(pending), peer, None, self.stride, self.padding)
 
 
-class JoinedLinear(nn.Linear):
+class JoinedLinear(Linear):
     """A matrix product that reads both towers: x [N, F] of the own one, weight [K, 2 F]."""
 
     def __init__(self, neurons: int, outputs: int, exchange: Exchange, name: str):
@@ -40,7 +40,7 @@ class JoinedLinear(nn.Linear):
         self.exchange, self.name = exchange, name
 
     def forward(self, x: Tensor) -> Tensor:
-        own, peer = _columns(self.weight, self.exchange.tower)
+        own, peer = _columns(self.factor, self.exchange.tower)
         x, pending = self.exchange.start(x, self.name)
         y = linear(x, own, self.bias)
         return y + linear(self.exchange.finish(pending), peer)
@@ -83,9 +83,14 @@ class Tower(AlexNet):
         tower = exchange.tower
         for conv in convolutions(recipe):
             maps = conv.maps // 2 if conv.reads == "own" else conv.maps
-            shape = maps, conv.kernels // 2, conv.size, conv.stride, conv.padding
-            self.add_module(conv.name, JoinedConv2d(*shape, exchange, conv.name) if conv.reads == "both"
-                            else nn.Conv2d(*shape))
+            shape = maps, conv.kernels // 2, conv.size, conv.stride
+            if conv.reads == "image":
+                layer = ImageConv2d(*shape, IMAGE_SIDE)
+            elif conv.reads == "both":
+                layer = JoinedConv2d(*shape, conv.padding, exchange, conv.name)
+            else:
+                layer = nn.Conv2d(*shape, conv.padding)
+            self.add_module(conv.name, layer)
         f6, f7 = recipe.neurons
         self.fc6 = JoinedLinear(convolutions(recipe)[-1].kernels * 6 * 6, f6 // 2, exchange, "fc6")
         self.fc7 = JoinedLinear(f6, f7 // 2, exchange, "fc7")

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from model.captured import CapturedPasses
+from model.compiled import gpu_kernels
 from model.exchange import Exchange
+from model.layers import Linear
 from model.network import AlexNet
 from model.optimizer import MomentumSGD
 from model.softmax import cross_entropy
@@ -29,9 +31,15 @@ class TrainingStep:
         self._passes = self._both_passes
         if device.type == "cuda" and exchange is None:
             self._passes = CapturedPasses(network, self._both_passes)
+        self._to_round: list[Linear] = []
+        if device.type == "cuda" and network.mixed == torch.bfloat16 and gpu_kernels():
+            self._to_round = [layer for layer in network.modules() if isinstance(layer, Linear)]
 
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self.network.train()
+        while self._to_round:  # not before the first step, for until then a checkpoint may be loaded
+            layer = self._to_round.pop()
+            layer.rounded = self.optimizer.round(layer.weight, self.network.mixed)
         loss, right = self._passes(pixels, labels, number)
         if self.loss_scale is None:
             self.optimizer.step()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import layers, response_norm
-from model.layers import Dropout, MapNorm, linear
+from model.layers import Dropout, ImageConv2d, MapNorm, linear, without_groups
 from model.response_norm import CACHE_BLOCK_BYTES, LocalResponseNorm
 
 
@@ -130,58 +128,30 @@ def test_response_normalisation_of_bfloat16_on_the_cpu_is_that_of_float32_rounde
     torch.testing.assert_close(found.grad, exact.grad.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Triton's kernels, run by its interpreter on the CPU."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    sys.modules.pop("model.gpu_kernels", None)
-    yield importlib.import_module("model.gpu_kernels")
-    sys.modules.pop("model.gpu_kernels")
-
-
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("channels, towers, n, beta, dtype, tolerance", [
-    (96, 2, 5, 0.75, torch.float32, 1e-6), (7, 1, 3, 0.6, torch.float32, 1e-6), (6, 2, 1, 0.75, torch.float32, 1e-6),
-    (2, 2, 5, 0.75, torch.float32, 1e-6), (48, 1, 5, 0.75, torch.float16, 2e-3),
-    (48, 1, 5, 0.75, torch.bfloat16, 2e-2),  # the interpreter rounds to it coarsely
-])  # fmt: skip
-def test_gpu_kernels_are_the_formula_when_interpreted(interpreted, channels, towers, n, beta, dtype, tolerance, relu):
-    x = (torch.randn(2, channels, 5, 7) * 30).to(dtype).requires_grad_()
-    exact = x.detach().double().requires_grad_()
-    norm = LocalResponseNorm(2.0, n, 1e-3, beta, towers)
-    y = response_norm._FusedResponseNorm.apply(x, response_norm.gpu_kernel(interpreted, norm, relu))
-    expected, grad = norm(exact, relu), torch.randn(x.shape).to(dtype)
-    y.backward(grad)
-    expected.backward(grad.double())
-    y, expected = y.detach(), expected.detach()
-    assert y.dtype == x.grad.dtype == dtype
-    for found, right in ((y, expected), (x.grad, exact.grad)):
-        torch.testing.assert_close(found.double(), right, rtol=0, atol=tolerance * float(right.abs().max()))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2),
-                                              (torch.float64, 1e-12)])
-@pytest.mark.parametrize("channels, towers, size, relu", [(96, 2, 55, True), (7, 1, 5, False), (48, 1, 27, True)])
-def test_response_norm_on_a_gpu_is_the_formula(channels, towers, size, relu, dtype, tolerance):
-    x = (torch.randn(3, channels, size, size, device="cuda") * 30).to(dtype).requires_grad_()
-    exact = x.detach().double().cpu().requires_grad_()
-    norm = LocalResponseNorm(2.0, 5, 1e-3, 0.75, towers)
-    y, expected, grad = norm(x, relu), norm(exact, relu), torch.randn_like(x)
-    y.backward(grad)
-    expected.backward(grad.double().cpu())
-    assert ("Fused" in type(y.grad_fn).__name__) == (dtype != torch.float64)
-    y, expected = y.detach(), expected.detach()
-    for found, right in ((y, expected), (x.grad, exact.grad)):
-        torch.testing.assert_close(found.double().cpu(), right, rtol=0, atol=tolerance * float(right.abs().max()))
-
-
 def test_response_norm_without_numba_is_the_same(monkeypatch):
     x, norm = torch.randn(3, 20, 13, 13) * 30, LocalResponseNorm(2.0, 5, 0.01, 0.75, 2)
     compiled = norm(x, relu=True)
     monkeypatch.setattr(response_norm, "compiled_kernels", lambda: None)
     torch.testing.assert_close(norm(x, relu=True), compiled, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("side, given", [(227, 224), (227, 227), (227, 223), (23, 20)])
+def test_a_convolution_in_blocks_is_the_convolution(side, given):
+    layer = ImageConv2d(3, 8, 11, 4, side).double()
+    images = torch.randn(2, 3, given, given, dtype=torch.float64)
+    found, expected = layer.in_blocks(images), layer(images)
+    assert found.shape == expected.shape == (2, 8, *[(side - 11) // 4 + 1] * 2)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    grad = torch.randn_like(found)
+    torch.testing.assert_close(torch.autograd.grad(found, layer.weight, grad)[0],
+                               torch.autograd.grad(expected, layer.weight, grad)[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_without_groups_is_the_one_with_them(groups):
+    x, weight = torch.randn(2, 16, 6, 5, dtype=torch.float64), torch.randn(8, 16 // groups, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(F.conv2d(x, without_groups(weight, groups), padding=1),
+                               F.conv2d(x, weight, padding=1, groups=groups), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("columns", [slice(None), slice(40, None)])

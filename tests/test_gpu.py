@@ -1,0 +1,170 @@
+"""What is for a GPU: Triton's kernels, here by its interpreter too, convolutions, and the step as a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import response_norm
+from model.layers import GroupedConv2d, ImageConv2d
+from model.optimizer import optimizer_of
+from model.recipe import NOTES
+from model.response_norm import LocalResponseNorm
+from model.tower import build
+from model.training import TrainingStep
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels, run by its interpreter on the CPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sys.modules.pop("model.gpu_kernels", None)
+    yield importlib.import_module("model.gpu_kernels")
+    sys.modules.pop("model.gpu_kernels")
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels, towers, n, beta, dtype, tolerance", [
+    (96, 2, 5, 0.75, torch.float32, 1e-6), (7, 1, 3, 0.6, torch.float32, 1e-6), (6, 2, 1, 0.75, torch.float32, 1e-6),
+    (2, 2, 5, 0.75, torch.float32, 1e-6), (48, 1, 5, 0.75, torch.float16, 2e-3),
+    (48, 1, 5, 0.75, torch.bfloat16, 2e-2),  # the interpreter rounds to it coarsely
+])  # fmt: skip
+def test_gpu_kernels_are_the_formula_when_interpreted(interpreted, channels, towers, n, beta, dtype, tolerance, relu):
+    x = (torch.randn(2, channels, 5, 7) * 30).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    norm = LocalResponseNorm(2.0, n, 1e-3, beta, towers)
+    y = response_norm._FusedResponseNorm.apply(x, response_norm.gpu_kernel(interpreted, norm, relu))
+    expected, grad = norm(exact, relu), torch.randn(x.shape).to(dtype)
+    y.backward(grad)
+    expected.backward(grad.double())
+    y, expected = y.detach(), expected.detach()
+    assert y.dtype == x.grad.dtype == dtype
+    for found, right in ((y, expected), (x.grad, exact.grad)):
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=tolerance * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("channels, towers, n, beta, size, relu, dtype, tolerance", [
+    (96, 2, 5, 0.75, (7, 9), True, torch.float32, 2e-6), (10, 2, 5, 0.75, (4, 6), False, torch.float32, 2e-6),
+    (7, 1, 3, 0.6, (8, 3), True, torch.float32, 2e-6), (48, 1, 5, 0.75, (5, 5), True, torch.float16, 2e-3),
+])  # fmt: skip
+def test_gpu_kernels_with_pooling_when_interpreted(
+    interpreted, channels, towers, n, beta, size, relu, dtype, tolerance
+):
+    torch.manual_seed(0)
+    x = (torch.randn(2, channels, *size) * 30).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    norm = LocalResponseNorm(2.0, n, 1e-3, beta, towers)
+    y = response_norm._PooledResponseNorm.apply(x, response_norm.gpu_kernel(interpreted, norm, relu))
+    expected = F.max_pool2d(norm(exact, relu), 3, 2)
+    assert y.dtype == dtype and y.shape == expected.shape
+    grad = torch.randn(y.shape).to(dtype)
+    y.backward(grad)
+    expected.backward(grad.double())
+    y, expected = y.detach(), expected.detach()
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    # Of two that are equal when rounded the first is the largest: not so in double precision.
+    wrong = (x.grad.double() - exact.grad).abs() > tolerance * float(exact.grad.abs().max())
+    assert wrong.float().mean() < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+def test_update_on_a_gpu_is_the_rule_when_interpreted(interpreted):
+    weight, velocity, grad = torch.randn(1500), torch.randn(1500), torch.randn(1500).half()
+    rounded = torch.empty(1500, dtype=torch.float16)
+    v = 0.9 * velocity.double() - 1e-3 * weight.double() - 0.02 * grad.double()
+    w = weight.double() + v
+    interpreted.momentum_update(weight, velocity, grad, rounded, 0.9, 1e-3, 0.02)
+    torch.testing.assert_close(velocity.double(), v, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weight.double(), w, rtol=1e-6, atol=1e-7)
+    assert torch.equal(rounded, weight.half())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2),
+                                              (torch.float64, 1e-12)])
+@pytest.mark.parametrize("channels, towers, size, relu", [(96, 2, 55, True), (7, 1, 5, False), (48, 1, 27, True)])
+def test_response_norm_on_a_gpu_is_the_formula(channels, towers, size, relu, dtype, tolerance):
+    x = (torch.randn(3, channels, size, size, device="cuda") * 30).to(dtype).requires_grad_()
+    exact = x.detach().double().cpu().requires_grad_()
+    norm = LocalResponseNorm(2.0, 5, 1e-3, 0.75, towers)
+    y, expected, grad = norm(x, relu), norm(exact, relu), torch.randn_like(x)
+    y.backward(grad)
+    expected.backward(grad.double().cpu())
+    assert ("Fused" in type(y.grad_fn).__name__) == (dtype != torch.float64)
+    y, expected = y.detach(), expected.detach()
+    for found, right in ((y, expected), (x.grad, exact.grad)):
+        torch.testing.assert_close(found.double().cpu(), right, rtol=0, atol=tolerance * float(right.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels, towers, size", [(96, 2, 55), (7, 1, 6), (128, 1, 27)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_with_response_norm_on_a_gpu_is_the_two(channels, towers, size, dtype):
+    norm, pool = LocalResponseNorm(2.0, 5, 1e-3, 0.75, towers), torch.nn.MaxPool2d(3, 2)
+    x = (torch.randn(3, channels, size, size, device="cuda") * 30).to(dtype)
+    together, apart = x.requires_grad_(), x.detach().clone().requires_grad_()
+    y, expected = norm.pooled(together, pool), pool(norm(apart, relu=True))
+    assert "Pooled" in type(y.grad_fn).__name__ and torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)  # rounds sums of up to four gradients before they are normalised
+    torch.testing.assert_close(together.grad, apart.grad, rtol=0, atol=(2e-6 if dtype == torch.float32 else 2e-2)
+                               * float(apart.grad.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_on_a_gpu_are_the_cpus(groups):
+    layer = GroupedConv2d(8, 16, 5, padding=2, groups=groups).double()
+    first, images = ImageConv2d(3, 8, 11, 4, 227).double(), torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    expected = layer(first(images))
+    torch.testing.assert_close(layer.cuda()(first.cuda()(images.cuda())).cpu(), expected, rtol=1e-10, atol=1e-10)
+
+
+def trained(captured: bool, mixed: torch.dtype | None, steps: int = 8) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and weights of some steps, each on other images."""
+    recipe = replace(NOTES, learning_rate=0.001)
+    network = build(recipe, 10, seed=3)
+    network.mixed = mixed
+    network = network.cuda()
+    step = TrainingStep(network, optimizer_of(network, recipe))
+    if not captured:
+        step._passes = step._both_passes
+    random = torch.Generator().manual_seed(0)
+    losses = []
+    for number in range(steps):
+        pixels = (torch.randn(16, 3, 224, 224, generator=random) * 30).contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(10, (16,), generator=random)
+        losses.append(float(step(pixels.cuda(), labels.cuda(), number)[0]))
+    return losses, [p.detach() for p in network.parameters()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixed", [None, torch.bfloat16, torch.float16])
+def test_a_captured_step_is_the_step(mixed):
+    """Dropout is drawn anew in each replay, as it would be without; atomic additions leave rounding to chance."""
+    (losses, weights), (expected, expected_weights) = trained(True, mixed), trained(False, mixed)
+    assert losses == pytest.approx(expected, rel=1e-5 if mixed is None else 2e-2)
+    for weight, other in zip(weights, expected_weights):
+        assert torch.nn.functional.cosine_similarity(weight.flatten(), other.flatten(), dim=0) > 0.999
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.gpu
+def test_rounded_weights_follow_the_weights():
+    recipe = replace(NOTES, learning_rate=0.001)
+    network = build(recipe, 10, seed=3)
+    network.mixed = torch.bfloat16
+    network = network.cuda()
+    step = TrainingStep(network, optimizer_of(network, recipe))
+    before = network.fc6.weight.detach().clone()
+    for number in range(5):
+        step(torch.randn(8, 3, 224, 224, device="cuda") * 30, torch.arange(8, device="cuda"), number)
+        assert torch.equal(network.fc6.rounded, network.fc6.weight.bfloat16())
+    assert network.fc6.weight.dtype == torch.float32 and not torch.equal(network.fc6.weight, before)
+    assert network.fc6.factor is network.fc6.rounded and network.eval().fc6.factor is network.fc6.weight
