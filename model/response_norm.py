@@ -1,7 +1,9 @@
 """Local response normalisation (section 3.3), of ReLU's output where asked, in one pass.
 
 Kernels do it for windows like the paper's: on the CPU for float32 and bfloat16 (Numba), on a GPU for float16 too and
-with the pooling that follows (Triton). Anything else goes through torch's operations. Shapes: N images, C channels, H x W places.
+with the pooling that follows (Triton). Anything else goes through torch's operations.
+
+Shapes: N images, C channels, H x W places.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def test_update_on_a_gpu_is_the_rule_when_interpreted(interpreted):
     v = 0.9 * velocity.double() - 1e-3 * weight.double() - 0.02 * grad.double()
     w = weight.double() + v
     interpreted.momentum_update(weight, velocity, grad, rounded, 0.9, 1e-3, 0.02)
-    torch.testing.assert_close(velocity.double(), v, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(weight.double(), w, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(velocity.double(), v, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weight.double(), w, rtol=1e-6, atol=1e-6)
     assert torch.equal(rounded, weight.half())
 
 
