@@ -27,7 +27,7 @@ from launch.precision import choose_precision
 from model.errors import PeerError, reason
 from model.exchange import Exchange
 
-TRANSPORTS = ("rpc", "rpc-staged", "gloo", "nccl")
+TRANSPORTS = ("rpc", "rpc-staged", "cuda-ipc", "gloo", "nccl")
 # Rank 0 may have terabytes to hash before it speaks; if it dies meanwhile, torchrun ends the others.
 FIRST_WORD = timedelta(hours=6)
 
@@ -111,6 +111,10 @@ class World:
             self.exchange = RpcExchange(
                 dist.PrefixStore("rpc", self.store), self.rank, self.device, self.timeout_s,
                 staged=self.transport == "rpc-staged", idle_cores=usable_cores() >= 4 * local_size())
+        elif self.transport == "cuda-ipc":
+            from model.exchange.cuda_ipc import CudaIpcExchange
+
+            self.exchange = CudaIpcExchange(dist.PrefixStore("ipc", self.store), self.rank, self.device, self.timeout_s)
         else:
             from model.exchange.collectives import CollectiveExchange
 
@@ -139,8 +143,10 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     die_with_torchrun()
     keep_freed_memory()
     chosen = device_named(device)
-    if chosen.type == "cuda" and transport == "gloo" or chosen.type == "cpu" and transport == "nccl":
+    if transport in {"cuda": ["gloo"], "cpu": ["nccl", "cuda-ipc"]}[chosen.type]:
         raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
+    if transport == "cuda-ipc" and local_size() != size:
+        raise UserError("--transport cuda-ipc joins processes of one host: use rpc")
     if transport == "nccl" and torch.cuda.device_count() < local_size():
         raise UserError("--transport nccl needs a GPU for each process: use rpc")
     threads = threads or max(1, usable_cores() // local_size())

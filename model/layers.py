@@ -1,7 +1,7 @@
-"""What AlexNet has and torch.nn has not quite: its dropout, the normalisation within a map, and convolutions and
-products at full speed on CPUs and GPUs alike.
+"""What AlexNet has and torch.nn has not quite: its dropout, the normalisation within a map, and products at full
+speed on every CPU.
 
-Shapes: N images, C channels, H x W places, K kernels, F neurons.
+Shapes: N images, C channels, H x W places, F neurons.
 """
 
 from __future__ import annotations
@@ -30,65 +30,6 @@ class MapNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = F.avg_pool2d(x * x, self.n, stride=1, padding=self.n // 2)  # of n x n places, those beyond the edge too
         return x * (self.k + self.alpha * self.n**2 * mean).pow(-self.beta)
-
-
-class ImageConv2d(nn.Conv2d):
-    """A convolution over images taken as `side` places wide and high, zeros to the right and below included.
-
-    GPUs multiply many channels fast and three slowly. There, stride x stride places become channels, of images
-    ([N, 3, 224, 224] -> [N, 48, 57, 57]) as of kernels ([K, 3, 11, 11] -> [K, 48, 3, 3]): the same sums in a quarter of
-    the time.
-    """
-
-    def __init__(self, maps: int, kernels: int, size: int, stride: int, side: int):
-        super().__init__(maps, kernels, size, stride)
-        self.side = side
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, C, H, W], H and W at most `side` -> [N, K, H', W'], as many places as `side` places give."""
-        if images.is_cuda:
-            return self.in_blocks(images)
-        missing = self.side - images.shape[-1]
-        return super().forward(F.pad(images, (0, missing, 0, missing)))
-
-    def in_blocks(self, images: Tensor) -> Tensor:
-        """Compute the same by blocks of stride x stride places."""
-        size, stride = self.kernel_size[0], self.stride[0]
-        high = -(-size // stride)  # blocks of a kernel
-        blocks = (self.side - size) // stride + high
-        kernels = F.pad(self.weight, (0, high * stride - size) * 2).unflatten(3, (high, stride))
-        kernels = kernels.unflatten(2, (high, stride)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        return F.conv2d(space_to_depth(images, stride, blocks), kernels, self.bias)
-
-
-def space_to_depth(images: Tensor, stride: int, blocks: int) -> Tensor:
-    """Return [N, stride stride C, blocks, blocks] of [N, C, H, W], zeros where no image is; in channels_last.
-
-    In the type of torch.autocast where that is on.
-    """
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype
-    height, width = images.shape[2:]
-    images = F.pad(images, (0, -width % stride, 0, -height % stride))
-    parts = images.movedim(1, -1).unflatten(2, (-1, stride)).unflatten(1, (-1, stride))  # [N, H/s, s, W/s, s, C]
-    found = images.new_zeros(len(images), blocks, blocks, stride, stride, images.shape[1], dtype=dtype)
-    found[:, :parts.shape[1], :parts.shape[3]].transpose(2, 3).copy_(parts)
-    return found.flatten(3).movedim(-1, 1)
-
-
-class GroupedConv2d(nn.Conv2d):
-    """A convolution in groups; on a GPU, whose kernels for groups are slow, as one product with zeros between them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and self.groups > 1:
-            return F.conv2d(x, without_groups(self.weight, self.groups), self.bias, self.stride, self.padding)
-        return super().forward(x)
-
-
-def without_groups(weight: Tensor, groups: int) -> Tensor:
-    """Return [K, C, h, w], kernels of a convolution not in groups, of those of one that is, [K, C / groups, h, w]."""
-    maps = weight.shape[1]
-    return torch.cat([F.pad(kernels, (0, 0, 0, 0, maps * group, maps * (groups - 1 - group)))
-                      for group, kernels in enumerate(weight.chunk(groups))])
 
 
 class Dropout(nn.Module):

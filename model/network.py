@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Dropout, GroupedConv2d, ImageConv2d, Linear, MapNorm
+from model.convolutions import GroupedConv2d, ImageConv2d, bias_relu
+from model.layers import Dropout, Linear, MapNorm
 from model.random import generator
 from model.recipe import CONVOLUTIONS, LAYERS, Recipe
 from model.response_norm import LocalResponseNorm
@@ -97,27 +98,29 @@ class AlexNet(nn.Module):
         return torch.autocast(images.device.type, self.mixed) if self.mixed else nullcontext()
 
     def _hidden(self, images: Tensor, step: int) -> Tensor:
-        x = self.conv1(images)  # 96 x 55 x 55
         if self.lrn_before_relu:
-            x = self.activate(self.pool(self.lrn(x)))  # 96 x 27 x 27
+            x = self.activate(self.pool(self.lrn(self.conv1(images))))  # 96 x 27 x 27
         else:
-            x = self._normalised_and_pooled(x)
-        x = self.conv2(x)  # 256 x 27 x 27
+            x = self._normalised_and_pooled(self.conv1, images)
         if isinstance(self.map_norm, nn.Identity):
-            x = self._normalised_and_pooled(x)  # 256 x 13 x 13
+            x = self._normalised_and_pooled(self.conv2, x)  # 256 x 27 x 27 -> 256 x 13 x 13
         else:
-            x = self.pool(self.map_norm(self._normalised(x)))
+            x = self.pool(self.map_norm(self._normalised(self.conv2(x))))
         for name in self.upper:  # 384 x 13 x 13, where conv3 reads both towers; again; 256 x 13 x 13
-            x = self.activate(self.get_submodule(name)(x))
+            conv = self.get_submodule(name)
+            if x.is_cuda and self.activate is F.relu:
+                x = bias_relu(conv(x, biased=False), conv.bias)
+            else:
+                x = self.activate(conv(x))
         x = self.pool(x).flatten(1)  # 256 x 6 x 6
         x = self.drop6(self.activate(self.fc6(x)), step)  # 4096; reads both
         return self.drop7(self.activate(self.fc7(x)), step)  # 4096; reads both
 
-    def _normalised_and_pooled(self, x: Tensor) -> Tensor:
-        """Return pool(lrn(activate(x))): in one pass where that is ReLU and a kernel can."""
-        if self.activate is F.relu and isinstance(self.lrn, LocalResponseNorm):
-            return self.lrn.pooled(x, self.pool)
-        return self.pool(self._normalised(x))
+    def _normalised_and_pooled(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Return pool(lrn(activate(conv(x)))): on a GPU all but the convolution in one pass."""
+        if self.activate is F.relu and isinstance(self.lrn, LocalResponseNorm) and x.is_cuda:
+            return self.lrn.pooled(conv(x, biased=False), conv.bias, self.pool)
+        return self.pool(self._normalised(conv(x)))
 
     def _normalised(self, x: Tensor) -> Tensor:
         """Return lrn(activate(x)): in one pass where that is ReLU and there is a normalisation."""

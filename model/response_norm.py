@@ -46,11 +46,11 @@ class LocalResponseNorm(nn.Module):
         window = _window(x.shape[1], self.n, self.towers, x.dtype, x.device)
         return _ResponseNorm.apply(x, window, self.k, self.alpha, self.beta)
 
-    def pooled(self, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
-        """Return pool(self(x, relu=True)): where a GPU has a kernel for it without writing what is pooled."""
+    def pooled(self, x: Tensor, bias: Tensor, pool: nn.MaxPool2d) -> Tensor:
+        """Return pool(self(x + bias, relu=True)), bias [C]: where a GPU has a kernel for it in one pass."""
         if x.is_cuda and (pool.kernel_size, pool.stride) == (3, 2) and (kernel := self._kernel_for(x, relu=True)):
-            return _PooledResponseNorm.apply(x, kernel)
-        return pool(self(x, relu=True))
+            return _PooledResponseNorm.apply(x, bias, kernel)
+        return pool(self(x + bias[:, None, None].to(x.dtype), relu=True))
 
     def _kernel_for(self, x: Tensor, relu: bool) -> Kernel | None:
         if self.n > 5 or x.shape[1] % self.towers:
@@ -81,8 +81,8 @@ def _cpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, channels: int, rel
 
 def gpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, relu: bool) -> Kernel:
     """Return the kernels of model.gpu_kernels for `norm`."""
-    def run(name: str, *tensors: Tensor) -> None:
-        getattr(kernels, name)(*tensors, norm.n, norm.towers, norm.k, norm.alpha, norm.beta, relu)
+    def run(name: str, *tensors: Tensor, bias: Tensor | None = None) -> None:
+        getattr(kernels, name)(*tensors, bias, norm.n, norm.towers, norm.k, norm.alpha, norm.beta, relu)
 
     return run
 
@@ -112,24 +112,24 @@ class _PooledResponseNorm(torch.autograd.Function):
     """Keeps x, and of each maximum a byte: its place in the window."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor, kernel: Kernel) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         sides = [(side - 3) // 2 + 1 for side in x.shape[2:]]
-        y = x.new_empty(*x.shape[:2], *sides).contiguous(memory_format=torch.channels_last)
+        y = torch.empty(*x.shape[:2], *sides, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         where = torch.empty_like(y, dtype=torch.uint8)
-        kernel("normalise_and_pool", x, y, where)
-        ctx.save_for_backward(x, where)
+        kernel("normalise_and_pool", x, y, where, bias=bias)
+        ctx.save_for_backward(x, bias, where)
         ctx.kernel = kernel
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, where = ctx.saved_tensors
+        x, bias, where = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        ctx.kernel("normalise_and_pool_backward", x, grad, where, grad_x)
-        return grad_x, None
+        ctx.kernel("normalise_and_pool_backward", x, grad, where, grad_x, bias=bias)
+        return grad_x, gpu_kernels().column_sums(grad_x), None
 
 
 @functools.cache

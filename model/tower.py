@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.convolutions import GroupedConv2d, ImageConv2d
 from model.exchange import Exchange
-from model.layers import ImageConv2d, Linear, linear
+from model.layers import Linear, linear
 from model.network import IMAGE_SIDE, AlexNet, convolutions, initialise
 from model.recipe import Recipe
 from model.response_norm import LocalResponseNorm
@@ -25,10 +26,10 @@ class JoinedConv2d(nn.Conv2d):
         super().__init__(maps, kernels, size, stride, padding)
         self.exchange, self.name = exchange, name
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
         own, peer = _columns(self.weight, self.exchange.tower)
         x, pending = self.exchange.start(x, self.name)
-        y = F.conv2d(x, own, self.bias, self.stride, self.padding)
+        y = F.conv2d(x, own, self.bias if biased else None, self.stride, self.padding)
         return y + F.conv2d(self.exchange.finish(pending), peer, None, self.stride, self.padding)
 
 
@@ -89,7 +90,7 @@ class Tower(AlexNet):
             elif conv.reads == "both":
                 layer = JoinedConv2d(*shape, conv.padding, exchange, conv.name)
             else:
-                layer = nn.Conv2d(*shape, conv.padding)
+                layer = GroupedConv2d(*shape, conv.padding)
             self.add_module(conv.name, layer)
         f6, f7 = recipe.neurons
         self.fc6 = JoinedLinear(convolutions(recipe)[-1].kernels * 6 * 6, f6 // 2, exchange, "fc6")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from model import layers, response_norm
-from model.layers import Dropout, ImageConv2d, MapNorm, linear, without_groups
+from model.convolutions import ImageConv2d, without_groups
+from model.layers import Dropout, MapNorm, linear
 from model.response_norm import CACHE_BLOCK_BYTES, LocalResponseNorm
 
 
@@ -139,7 +140,7 @@ def test_response_norm_without_numba_is_the_same(monkeypatch):
 def test_a_convolution_in_blocks_is_the_convolution(side, given):
     layer = ImageConv2d(3, 8, 11, 4, side).double()
     images = torch.randn(2, 3, given, given, dtype=torch.float64)
-    found, expected = layer.in_blocks(images), layer(images)
+    found, expected = layer.in_blocks(images, layer.bias), layer(images)
     assert found.shape == expected.shape == (2, 8, *[(side - 11) // 4 + 1] * 2)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     grad = torch.randn_like(found)

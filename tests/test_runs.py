@@ -155,11 +155,12 @@ def test_a_trace_shows_the_parts_of_a_step(shards, tmp_path):
 
 
 @pytest.mark.gpu
-def test_two_towers_train_and_resume_on_gpus(shards, tmp_path):
+@pytest.mark.parametrize("transport", ["rpc", "cuda-ipc"])
+def test_two_towers_train_and_resume_on_gpus(shards, tmp_path, transport):
     """Each on a GPU of its own, or both on one."""
-    run = tmp_path / "run"
-    Towers(shards, run, "--device", "cuda", "--steps", 16).check()
-    Towers(shards, run, "--device", "cuda", "--resume").check()
+    run, device = tmp_path / "run", ("--device", "cuda", "--transport", transport)
+    Towers(shards, run, *device, "--steps", 16).check()
+    Towers(shards, run, *device, "--resume").check()
     losses = [record["loss"] for record in read_log(run / "log.jsonl") if record["event"] == "steps"]
     assert losses[-1] < losses[0]
 

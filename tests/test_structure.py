@@ -35,7 +35,8 @@ def test_packages_import_only_what_they_may(package):
 
 
 @pytest.mark.parametrize("module", ["network", "tower", "layers", "response_norm", "compiled", "cpu_kernels",
-                                    "gpu_kernels", "softmax", "optimizer", "training", "recipe", "schedule"])
+                                    "convolutions", "captured", "softmax", "optimizer", "training", "recipe",
+                                    "schedule", "gpu_kernels/normalisation", "gpu_kernels/elementwise"])
 def test_the_mathematics_knows_no_transport(module):
     names = imported(ROOT / "model" / f"{module}.py")
     assert not any(name.startswith("torch.distributed") for name in names)

@@ -48,7 +48,7 @@ def test_towers_in_mixed_precision(torchrun, transport):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transport", ["rpc", "rpc-staged"])
+@pytest.mark.parametrize("transport", ["rpc", "rpc-staged", "cuda-ipc"])
 def test_towers_equal_the_whole_on_gpus(torchrun, transport):
     for record in compare(torchrun, "notes", "0.5", "float64", 1000, 4, transport, "cuda"):
         assert max(record["loss"] + record["gradient"] + record["weight"]) < 1e-10, record

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launch.bench.floors import copy_seconds, seconds_of
+from launch.bench.floors import copy_seconds, device_seconds
 from launch.bench.report import result, spread
 from launch.precision import MIXED
 from launch.world import World
@@ -38,7 +38,7 @@ def lrn_speed(world: World, recipe: Recipe, repeats: int, peers: bool = True) ->
         for _ in range(repeats):
             copy_s = copy_seconds(x)
             for name, norm in contestants.items():
-                (both,) = seconds_of(_both_passes(norm, x), 1, world.device)
+                (both,) = device_seconds(_both_passes(norm, x), 1, world.device)
                 seconds[name].append(both)
                 copies[name].append(both / copy_s)
         of_layer1 = of_layer1 or copies["ours"]

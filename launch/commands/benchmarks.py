@@ -59,7 +59,7 @@ def bench_loader(shards: Path, **settings) -> None:
 @RECIPE
 @click.option("--ablation", help="One change to the recipe: as of `alexnet ablate`: no-lrn ...; then without peers.")
 @CLASSES
-@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others; on a GPU twenty times as many.")
 @PEERS
 @process_options
 def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peers: bool, **process) -> None:

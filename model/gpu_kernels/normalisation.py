@@ -1,5 +1,4 @@
-"""One pass over a GPU's memory each (Triton): response normalisation, alone and with the max-pooling that follows it,
-and the update rule. Arithmetic is in single precision.
+"""Response normalisation, alone and with the max-pooling that follows it. Arithmetic is in single precision.
 
 Images are channels_last. A program works on groups of four channels that lie side by side, in registers: the groups to
 the left and right hold what a window of up to five reaches, and what its gradient reaches.
@@ -7,14 +6,13 @@ the left and right hold what a window of up to five reaches, and what its gradie
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUPS = 256  # a program
+from model.gpu_kernels.device import on_device_of
+
+GROUPS = 128  # a program
 POOL = 3  # places, both ways, of the pooling windows, which begin at every second place
 
 
@@ -53,6 +51,15 @@ def _store_four(ptr, first, channel, inside, x0, x1, x2, x3, MAPS: tl.constexpr,
 
 
 @triton.jit
+def _biased(bias_ptr, of_all, channel, there, x0, x1, x2, x3, MAPS: tl.constexpr, SIZE: tl.constexpr):
+    """Add the biases of four channels, where there are any."""
+    if bias_ptr is not None:
+        b0, b1, b2, b3 = _four(bias_ptr, of_all, channel, there, MAPS, SIZE)
+        x0, x1, x2, x3 = x0 + b0, x1 + b1, x2 + b2, x3 + b3
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def _activated(x, RELU: tl.constexpr):
     if RELU:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -60,8 +67,10 @@ def _activated(x, RELU: tl.constexpr):
 
 
 @triton.jit
-def _activations(x_ptr, first, channel, there, MAPS: tl.constexpr, RELU: tl.constexpr, SIZE: tl.constexpr):
+def _activations(x_ptr, bias_ptr, first, of_all, channel, there, MAPS: tl.constexpr, RELU: tl.constexpr,
+                 SIZE: tl.constexpr):
     a0, a1, a2, a3 = _four(x_ptr, first, channel, there, MAPS, SIZE)
+    a0, a1, a2, a3 = _biased(bias_ptr, of_all, channel, there, a0, a1, a2, a3, MAPS, SIZE)
     return _activated(a0, RELU), _activated(a1, RELU), _activated(a2, RELU), _activated(a3, RELU)
 
 
@@ -99,12 +108,14 @@ def _first(place, of_all, MAPS: tl.constexpr, TOWERS: tl.constexpr):
 
 
 @triton.jit
-def _normalised(x_ptr, first, channel, inside, k, alpha, MAPS: tl.constexpr, N: tl.constexpr, BETA: tl.constexpr,
-                RELU: tl.constexpr, SIZE: tl.constexpr):
+def _normalised(x_ptr, bias_ptr, first, of_all, channel, inside, k, alpha, MAPS: tl.constexpr, N: tl.constexpr,
+                BETA: tl.constexpr, RELU: tl.constexpr, SIZE: tl.constexpr):
     """Return the four channels of y."""
-    _, _, l2, l3 = _activations(x_ptr, first - 4, channel - 4, inside & (channel >= 4), MAPS, RELU, SIZE)
-    a0, a1, a2, a3 = _activations(x_ptr, first, channel, inside, MAPS, RELU, SIZE)
-    r0, r1, _, _ = _activations(x_ptr, first + 4, channel + 4, inside & (channel + 4 < MAPS), MAPS, RELU, SIZE)
+    _, _, l2, l3 = _activations(x_ptr, bias_ptr, first - 4, of_all - 4, channel - 4, inside & (channel >= 4), MAPS,
+                                RELU, SIZE)
+    a0, a1, a2, a3 = _activations(x_ptr, bias_ptr, first, of_all, channel, inside, MAPS, RELU, SIZE)
+    r0, r1, _, _ = _activations(x_ptr, bias_ptr, first + 4, of_all + 4, channel + 4, inside & (channel + 4 < MAPS),
+                                MAPS, RELU, SIZE)
     s0, s1, s2, s3, s4, s5, s6, s7 = l2 * l2, l3 * l3, a0 * a0, a1 * a1, a2 * a2, a3 * a3, r0 * r0, r1 * r1
     y0 = a0 * _power(k + alpha * _window(s0, s1, s2, s3, s4, N), BETA)[0]
     y1 = a1 * _power(k + alpha * _window(s1, s2, s3, s4, s5, N), BETA)[0]
@@ -121,13 +132,16 @@ def _through(grad, a, base, BETA: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x_ptr, first, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k, alpha, MAPS: tl.constexpr,
-              N: tl.constexpr, BETA: tl.constexpr, RELU: tl.constexpr, SIZE: tl.constexpr):
+def _gradient(x_ptr, bias_ptr, first, of_all, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k, alpha,
+              MAPS: tl.constexpr, N: tl.constexpr, BETA: tl.constexpr, RELU: tl.constexpr, SIZE: tl.constexpr):
     """Return the four channels of dL/dx, from dL/dy of the eight channels around them."""
-    l0, l1, l2, l3 = _activations(x_ptr, first - 4, channel - 4, inside & (channel >= 4), MAPS, RELU, SIZE)
+    l0, l1, l2, l3 = _activations(x_ptr, bias_ptr, first - 4, of_all - 4, channel - 4, inside & (channel >= 4), MAPS,
+                                  RELU, SIZE)
     x0, x1, x2, x3 = _four(x_ptr, first, channel, inside, MAPS, SIZE)
+    x0, x1, x2, x3 = _biased(bias_ptr, of_all, channel, inside, x0, x1, x2, x3, MAPS, SIZE)
     a0, a1, a2, a3 = _activated(x0, RELU), _activated(x1, RELU), _activated(x2, RELU), _activated(x3, RELU)
-    r0, r1, r2, r3 = _activations(x_ptr, first + 4, channel + 4, inside & (channel + 4 < MAPS), MAPS, RELU, SIZE)
+    r0, r1, r2, r3 = _activations(x_ptr, bias_ptr, first + 4, of_all + 4, channel + 4, inside & (channel + 4 < MAPS),
+                                  MAPS, RELU, SIZE)
     s0, s1, s2, s3, s4, s5 = l0 * l0, l1 * l1, l2 * l2, l3 * l3, a0 * a0, a1 * a1
     s6, s7, s8, s9, s10, s11 = a2 * a2, a3 * a3, r0 * r0, r1 * r1, r2 * r2, r3 * r3
     t0, _ = _through(g0, l2, k + alpha * _window(s0, s1, s2, s3, s4, N), BETA)
@@ -150,19 +164,20 @@ def _gradient(x_ptr, first, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k, 
 
 
 @triton.jit
-def _normalise(x_ptr, y_ptr, groups, k, alpha, MAPS: tl.constexpr, TOWERS: tl.constexpr,
+def _normalise(x_ptr, bias_ptr, y_ptr, groups, k, alpha, MAPS: tl.constexpr, TOWERS: tl.constexpr,
                N: tl.constexpr, BETA: tl.constexpr, RELU: tl.constexpr, SIZE: tl.constexpr):
     group = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = group < groups
     place, channel, of_all = _place(group, MAPS, TOWERS)
     first = _first(place, of_all, MAPS, TOWERS)
-    y0, y1, y2, y3 = _normalised(x_ptr, first, channel, inside, k, alpha, MAPS, N, BETA, RELU, SIZE)
+    y0, y1, y2, y3 = _normalised(x_ptr, bias_ptr, first, of_all, channel, inside, k, alpha, MAPS, N, BETA, RELU, SIZE)
     _store_four(y_ptr, first, channel, inside, y0, y1, y2, y3, MAPS, SIZE)
 
 
 @triton.jit
-def _normalise_backward(x_ptr, grad_ptr, grad_x_ptr, groups, k, alpha, MAPS: tl.constexpr, TOWERS: tl.constexpr,
-                        N: tl.constexpr, BETA: tl.constexpr, RELU: tl.constexpr, SIZE: tl.constexpr):
+def _normalise_backward(x_ptr, bias_ptr, grad_ptr, grad_x_ptr, groups, k, alpha, MAPS: tl.constexpr,
+                        TOWERS: tl.constexpr, N: tl.constexpr, BETA: tl.constexpr, RELU: tl.constexpr,
+                        SIZE: tl.constexpr):
     group = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = group < groups
     place, channel, of_all = _place(group, MAPS, TOWERS)
@@ -170,8 +185,8 @@ def _normalise_backward(x_ptr, grad_ptr, grad_x_ptr, groups, k, alpha, MAPS: tl.
     _, _, g0, g1 = _four(grad_ptr, first - 4, channel - 4, inside & (channel >= 4), MAPS, SIZE)
     g2, g3, g4, g5 = _four(grad_ptr, first, channel, inside, MAPS, SIZE)
     g6, g7, _, _ = _four(grad_ptr, first + 4, channel + 4, inside & (channel + 4 < MAPS), MAPS, SIZE)
-    d0, d1, d2, d3 = _gradient(x_ptr, first, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k, alpha, MAPS, N, BETA,
-                               RELU, SIZE)
+    d0, d1, d2, d3 = _gradient(x_ptr, bias_ptr, first, of_all, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k,
+                               alpha, MAPS, N, BETA, RELU, SIZE)
     _store_four(grad_x_ptr, first, channel, inside, d0, d1, d2, d3, MAPS, SIZE)
 
 
@@ -182,7 +197,7 @@ def _larger(best, where, y, number):
 
 
 @triton.jit
-def _normalise_and_pool(x_ptr, y_ptr, where_ptr, groups, k, alpha, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+def _normalise_and_pool(x_ptr, bias_ptr, y_ptr, where_ptr, groups, k, alpha, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                         MAPS: tl.constexpr, TOWERS: tl.constexpr, N: tl.constexpr, BETA: tl.constexpr,
                         RELU: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr):
     group = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -198,7 +213,8 @@ def _normalise_and_pool(x_ptr, y_ptr, where_ptr, groups, k, alpha, HEIGHT: tl.co
     w1, w2, w3 = w0, w0, w0
     for number in tl.static_range(WINDOW * WINDOW):
         first = _first(corner + number // WINDOW * WIDTH + number % WINDOW, of_all, MAPS, TOWERS)
-        y0, y1, y2, y3 = _normalised(x_ptr, first, channel, inside, k, alpha, MAPS, N, BETA, RELU, SIZE)
+        y0, y1, y2, y3 = _normalised(x_ptr, bias_ptr, first, of_all, channel, inside, k, alpha, MAPS, N, BETA, RELU,
+                                     SIZE)
         # Compared as they would be stored: among equal ones the first is the largest.
         b0, w0 = _larger(b0, w0, y0.to(y_ptr.dtype.element_ty).to(tl.float32), number)
         b1, w1 = _larger(b1, w1, y1.to(y_ptr.dtype.element_ty).to(tl.float32), number)
@@ -219,9 +235,10 @@ def _of_window(grad_ptr, where_ptr, first, channel, there, number, MAPS: tl.cons
 
 
 @triton.jit
-def _normalise_and_pool_backward(x_ptr, grad_ptr, where_ptr, grad_x_ptr, groups, k, alpha, HEIGHT: tl.constexpr,
-                                 WIDTH: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr, N: tl.constexpr,
-                                 BETA: tl.constexpr, RELU: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+def _normalise_and_pool_backward(x_ptr, bias_ptr, grad_ptr, where_ptr, grad_x_ptr, groups, k, alpha,
+                                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MAPS: tl.constexpr, TOWERS: tl.constexpr,
+                                 N: tl.constexpr, BETA: tl.constexpr, RELU: tl.constexpr, WINDOW: tl.constexpr,
+                                 SIZE: tl.constexpr):
     group = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = group < groups
     place, channel, of_all = _place(group, MAPS, TOWERS)
@@ -244,74 +261,53 @@ def _normalise_and_pool_backward(x_ptr, grad_ptr, where_ptr, grad_x_ptr, groups,
                                   MAPS, SIZE)
         g0, g1, g2, g3, g4, g5, g6, g7 = g0 + p0, g1 + p1, g2 + p2, g3 + p3, g4 + p4, g5 + p5, g6 + p6, g7 + p7
     first = _first(place, of_all, MAPS, TOWERS)
-    d0, d1, d2, d3 = _gradient(x_ptr, first, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k, alpha, MAPS, N, BETA,
-                               RELU, SIZE)
+    d0, d1, d2, d3 = _gradient(x_ptr, bias_ptr, first, of_all, channel, inside, g0, g1, g2, g3, g4, g5, g6, g7, k,
+                               alpha, MAPS, N, BETA, RELU, SIZE)
     _store_four(grad_x_ptr, first, channel, inside, d0, d1, d2, d3, MAPS, SIZE)
 
 
-def normalise(x: Tensor, y: Tensor, n: int, towers: int, k: float, alpha: float, beta: float, relu: bool) -> None:
-    """Write the normalisation of x to y: [N, C, H, W] in channels_last, C a multiple of towers, n at most 5."""
-    _launch(_normalise, x, (x, y), n, towers, k, alpha, beta, relu)
+def normalise(x: Tensor, y: Tensor, bias: Tensor | None, n: int, towers: int, k: float, alpha: float, beta: float,
+              relu: bool) -> None:
+    """Write the normalisation of x, plus bias [C] where given, to y.
+
+    x and y are [N, C, H, W] in channels_last, C a multiple of towers; n is at most 5.
+    """
+    _launch(_normalise, x, (x, bias, y), n, towers, k, alpha, beta, relu)
 
 
-def normalise_backward(x: Tensor, grad: Tensor, grad_x: Tensor, n: int, towers: int, k: float, alpha: float,
-                       beta: float, relu: bool) -> None:
+def normalise_backward(x: Tensor, grad: Tensor, grad_x: Tensor, bias: Tensor | None, n: int, towers: int, k: float,
+                       alpha: float, beta: float, relu: bool) -> None:
     """Write dL/dx to grad_x, from x and grad = dL/dy; shapes as in `normalise`."""
-    _launch(_normalise_backward, x, (x, grad, grad_x), n, towers, k, alpha, beta, relu)
+    _launch(_normalise_backward, x, (x, bias, grad, grad_x), n, towers, k, alpha, beta, relu)
 
 
-def normalise_and_pool(x: Tensor, y: Tensor, where: Tensor, n: int, towers: int, k: float, alpha: float, beta: float,
-                       relu: bool) -> None:
+def normalise_and_pool(x: Tensor, y: Tensor, where: Tensor, bias: Tensor | None, n: int, towers: int, k: float,
+                       alpha: float, beta: float, relu: bool) -> None:
     """Write to y the maxima of the normalisation over windows of 3 x 3 places, two apart, and to `where` their places.
 
     y and where (uint8, row by row from 0 to 8) are [N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1] in channels_last.
     """
-    _launch(_normalise_and_pool, y, (x, y, where), n, towers, k, alpha, beta, relu, **_sides(x))
+    _launch(_normalise_and_pool, y, (x, bias, y, where), n, towers, k, alpha, beta, relu, **_sides(x))
 
 
-def normalise_and_pool_backward(x: Tensor, grad: Tensor, where: Tensor, grad_x: Tensor, n: int, towers: int, k: float,
-                                alpha: float, beta: float, relu: bool) -> None:
+def normalise_and_pool_backward(x: Tensor, grad: Tensor, where: Tensor, grad_x: Tensor, bias: Tensor | None, n: int,
+                                towers: int, k: float, alpha: float, beta: float, relu: bool) -> None:
     """Write dL/dx to grad_x, from x, grad = dL/dy and `where`; shapes as in `normalise_and_pool`."""
-    _launch(_normalise_and_pool_backward, x, (x, grad, where, grad_x), n, towers, k, alpha, beta, relu, **_sides(x))
+    _launch(_normalise_and_pool_backward, x, (x, bias, grad, where, grad_x), n, towers, k, alpha, beta, relu,
+            **_sides(x))
 
 
 def _sides(x: Tensor) -> dict[str, int]:
     return {"HEIGHT": x.shape[2], "WIDTH": x.shape[3], "WINDOW": POOL}
 
 
-def _launch(kernel, over: Tensor, tensors: tuple[Tensor, ...], n: int, towers: int, k: float, alpha: float,
+def _launch(kernel, over: Tensor, tensors: tuple[Tensor | None, ...], n: int, towers: int, k: float, alpha: float,
             beta: float, relu: bool, **sides: int) -> None:
     """Run `kernel` for every group of `over` [N, C, H, W]."""
     images, channels, height, width = over.shape
     maps = channels // towers
     groups = images * height * width * towers * triton.cdiv(maps, 4)
     if groups:
-        with torch.cuda.device(over.device) if over.is_cuda else nullcontext():  # on the CPU where Triton interprets
-            kernel[(triton.cdiv(groups, GROUPS),)](*tensors, groups, k, alpha, MAPS=maps, TOWERS=towers, N=n,
-                                                   BETA=beta, RELU=relu, SIZE=GROUPS, **sides)
-
-
-@triton.jit
-def _update(weight_ptr, velocity_ptr, grad_ptr, rounded_ptr, numbers, momentum, decay, rate, SIZE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = i < numbers
-    weight = tl.load(weight_ptr + i, mask=inside)
-    velocity = tl.load(velocity_ptr + i, mask=inside)
-    grad = tl.load(grad_ptr + i, mask=inside).to(tl.float32)
-    velocity = momentum * velocity - decay * weight - rate * grad
-    weight += velocity
-    tl.store(velocity_ptr + i, velocity, mask=inside)
-    tl.store(weight_ptr + i, weight, mask=inside)
-    tl.store(rounded_ptr + i, weight.to(rounded_ptr.dtype.element_ty), mask=inside)
-
-
-def momentum_update(weight: Tensor, velocity: Tensor, grad: Tensor, rounded: Tensor, momentum: float, decay: float,
-                    rate: float) -> None:
-    """v <- momentum v - decay w - rate g ; w <- w + v, in place (section 5), and `rounded` <- w.
-
-    Weight and velocity are float32, the other two of half precision; all of one shape, contiguous.
-    """
-    block = 1024
-    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        _update[(triton.cdiv(weight.numel(), block),)](weight, velocity, grad, rounded, weight.numel(), momentum, decay,
-                                                       rate, SIZE=block)
+        with on_device_of(over):
+            kernel[(triton.cdiv(groups, GROUPS),)](*tensors, groups, k, alpha, MAPS=maps, TOWERS=towers, N=n, BETA=beta,
+                                                   RELU=relu, SIZE=GROUPS, **sides)
