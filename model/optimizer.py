@@ -48,40 +48,63 @@ class MomentumSGD(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9, weight_decay: float = 0.0005):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._rounded: dict[nn.Parameter, Tensor] = {}
+        self._rounded: list[Tensor] = []
+        self._settings: dict[int, Tensor] = {}  # of groups with rounded parameters: momentum, decay x rate, rate
+        self._beside: torch.cuda.Stream | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["velocity"] = torch.zeros_like(parameter)
 
     def round(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-        """Return a copy of `parameter` in half precision that stands for it from now on.
+        """Return a copy of `parameter` (on CUDA) in half precision that stands for it in the network from now on.
 
-        It has the gradient then, and every step writes it anew, in the pass that moves the parameter. (CUDA.)
+        Its gradient moves the parameter and writes the copy anew as soon as it is there, beside the rest of the backward
+        pass; `prepare` goes before that pass, `join` after it.
         """
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
         rounded = parameter.detach().to(dtype).requires_grad_()
-        self._rounded[parameter] = rounded
+        self._rounded.append(rounded)
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(parameter.device)
+        if id(group) not in self._settings:
+            self._settings[id(group)] = torch.zeros(3, device=parameter.device)
+
+        def update(_: Tensor) -> None:
+            self._beside.wait_stream(torch.cuda.current_stream(parameter.device))
+            with torch.no_grad(), torch.cuda.stream(self._beside):
+                gpu_kernels().momentum_update(parameter, self.state[parameter]["velocity"], rounded.grad, rounded,
+                                              self._settings[id(group)])
+
+        rounded.register_post_accumulate_grad_hook(update)
         return rounded
+
+    def prepare(self) -> None:
+        """Tell the GPU the rates of this step."""
+        for group in self.param_groups:
+            told = self._settings.get(id(group))
+            if told is not None:
+                told.copy_(torch.tensor([group["momentum"], group["weight_decay"] * group["lr"], group["lr"]]),
+                           non_blocking=True)
+
+    def join(self) -> None:
+        """Have the current stream wait for the updates that run beside it."""
+        if self._beside is not None:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for rounded in self._rounded.values():
+        for rounded in self._rounded:
             rounded.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters that have a gradient, in one pass over memory."""
         for group in self.param_groups:
-            momentum, decay, rate = group["momentum"], group["weight_decay"], group["lr"]
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 # torch's fused rule is b <- momentum b + (1 - dampening) (g + decay w) ; w <- w - lr b: with these two
                 # settings b is our velocity. (1 - (1 + rate) is -rate to 1e-16, far below a weight's rounding.)
                 torch._fused_sgd_(
                     parameters, [p.grad for p in parameters], [self.state[p]["velocity"] for p in parameters],
-                    weight_decay=decay, momentum=momentum, dampening=1 + rate, lr=-1.0, nesterov=False, maximize=False,
-                    is_first_step=False)
-            for parameter in group["params"]:
-                rounded = self._rounded.get(parameter)
-                if rounded is not None and rounded.grad is not None:
-                    gpu_kernels().momentum_update(parameter, self.state[parameter]["velocity"], rounded.grad, rounded,
-                                                  momentum, decay * rate, rate)
+                    weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=1 + group["lr"], lr=-1.0,
+                    nesterov=False, maximize=False, is_first_step=False)

@@ -40,6 +40,7 @@ class TrainingStep:
         while self._to_round:  # not before the first step, for until then a checkpoint may be loaded
             layer = self._to_round.pop()
             layer.rounded = self.optimizer.round(layer.weight, self.network.mixed)
+        self.optimizer.prepare()
         loss, right = self._passes(pixels, labels, number)
         if self.loss_scale is None:
             self.optimizer.step()
@@ -55,6 +56,7 @@ class TrainingStep:
             loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
         with record_function("backward"):
             (loss if self.loss_scale is None else loss * self.loss_scale.factor).backward()
+        self.optimizer.join()
         return loss.detach(), right
 
 

@@ -106,7 +106,7 @@ def test_update_on_a_gpu_is_the_rule_when_interpreted(interpreted):
     rounded = torch.empty(1500, dtype=torch.float16)
     v = 0.9 * velocity.double() - 1e-3 * weight.double() - 0.02 * grad.double()
     w = weight.double() + v
-    interpreted.momentum_update(weight, velocity, grad, rounded, 0.9, 1e-3, 0.02)
+    interpreted.momentum_update(weight, velocity, grad, rounded, torch.tensor([0.9, 1e-3, 0.02]))
     torch.testing.assert_close(velocity.double(), v, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(weight.double(), w, rtol=1e-6, atol=1e-6)
     assert torch.equal(rounded, weight.half())
@@ -215,8 +215,14 @@ def test_rounded_weights_follow_the_weights():
     network = network.cuda()
     step = TrainingStep(network, optimizer_of(network, recipe))
     before = network.fc6.weight.detach().clone()
-    for number in range(5):
+    for number in range(6):  # the last three are replayed, of which one with another rate
+        rate = 0.0 if number == 5 else 0.001
+        for group in step.optimizer.param_groups:
+            group["lr"] = rate
+        velocity = step.optimizer.state[network.fc6.weight]["velocity"].clone()
+        last = network.fc6.weight.detach().clone()
         step(torch.randn(8, 3, 224, 224, device="cuda") * 30, torch.arange(8, device="cuda"), number)
         assert torch.equal(network.fc6.rounded, network.fc6.weight.bfloat16())
+    torch.testing.assert_close(network.fc6.weight.detach(), last + 0.9 * velocity, rtol=1e-6, atol=1e-8)
     assert network.fc6.weight.dtype == torch.float32 and not torch.equal(network.fc6.weight, before)
     assert network.fc6.factor is network.fc6.rounded and network.eval().fc6.factor is network.fc6.weight

@@ -26,10 +26,11 @@ STEPS_AT_ONCE = {"cpu": 1, "cuda": 20}  # a measurement: a GPU's queue never run
 def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bool = True) -> dict:
     """Train on one made-up batch, the whole network or two towers, `steps` times after two that do not count.
 
-    On a GPU each of these is the mean of twenty. With `peers`, the same is done with torch's network as one would write it, and with the shape of torchvision's; with
-    two processes with DistributedDataParallel, each on half of the batch. `of_arithmetic` and `of_bytes` are the shares
-    of a step that the convolutions and products would take at the rate of a large matrix product, and that what they
-    and the update move would take at the rate of a copy; with two processes at the rates of both at once.
+    On a GPU each of these is the mean of twenty. With `peers`, the same is done with torch's network as one would write
+    it, and with the shape of torchvision's; with two processes with DistributedDataParallel, each on half of the batch.
+    `of_arithmetic` and `of_bytes` are the shares of a step that the convolutions and products would take at the rate of
+    a large matrix product, and that what they and the update move would take at the rate of a copy; with two processes
+    at the rates of both at once.
     """
     world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "peers": peers,
                  "precision": world.precision, "code": facts.code_hash()})

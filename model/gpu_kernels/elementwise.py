@@ -83,7 +83,8 @@ def space_to_depth(images: Tensor, blocks: Tensor, stride: int) -> None:
 
 
 @triton.jit
-def _update(weight_ptr, velocity_ptr, grad_ptr, rounded_ptr, numbers, momentum, decay, rate, SIZE: tl.constexpr):
+def _update(weight_ptr, velocity_ptr, grad_ptr, rounded_ptr, settings_ptr, numbers, SIZE: tl.constexpr):
+    momentum, decay, rate = tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2)
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = i < numbers
     weight = tl.load(weight_ptr + i, mask=inside)
@@ -96,13 +97,13 @@ def _update(weight_ptr, velocity_ptr, grad_ptr, rounded_ptr, numbers, momentum, 
     tl.store(rounded_ptr + i, weight.to(rounded_ptr.dtype.element_ty), mask=inside)
 
 
-def momentum_update(weight: Tensor, velocity: Tensor, grad: Tensor, rounded: Tensor, momentum: float, decay: float,
-                    rate: float) -> None:
+def momentum_update(weight: Tensor, velocity: Tensor, grad: Tensor, rounded: Tensor, settings: Tensor) -> None:
     """v <- momentum v - decay w - rate g ; w <- w + v, in place (section 5), and `rounded` <- w.
 
-    Weight and velocity are float32, the other two of half precision; all of one shape, contiguous.
+    Weight and velocity are float32, gradient and `rounded` of half precision; all of one shape, contiguous. `settings`
+    is float32 [3]: momentum, decay, rate. On the device, so that a CUDA graph goes on with others.
     """
-    _over(weight.numel(), weight, _update, weight, velocity, grad, rounded, weight.numel(), momentum, decay, rate)
+    _over(weight.numel(), weight, _update, weight, velocity, grad, rounded, settings, weight.numel())
 
 
 def _over(numbers: int, of: Tensor, kernel, *arguments, **settings) -> None:
