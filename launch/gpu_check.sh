@@ -3,8 +3,8 @@
 #
 # Needs no network. Each part leaves its output in OUT, and OUT/PART.done where it went well; what has that is not run
 # again, so start the same command again after a stop. OUT/summary.txt has a line a part. About ten minutes on a fast GPU.
-# PARTS="tests bench" runs these alone; RECIPE, PRECISION and STEPS say what is measured, LIMIT_S (300) ends a part,
-# DEVICE=cpu tries the script where there is no GPU.
+# PARTS="tests bench" runs these alone; RECIPE, PRECISION, TRANSPORT and STEPS say what is measured, LIMIT_S (300) ends a
+# part, DEVICE=cpu tries the script where there is no GPU.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ $# != 2 ] || [ ! -f "$1/manifest.json" ]; then
@@ -15,6 +15,7 @@ mkdir -p "$2" || exit 2
 shards=$(cd "$1" && pwd) out=$(cd "$2" && pwd)
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
 device=${DEVICE:-cuda} recipe=${RECIPE:-notes} precision=${PRECISION:-bf16} steps=${STEPS:-300}
+transport=${TRANSPORT:-$([ "$device" = cuda ] && echo cuda-ipc || echo rpc)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cd "$root"
 if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -32,7 +33,8 @@ tests() {  # those marked gpu: DALI's decoding on the GPU, and two processes on 
     "$python" -m pytest -m gpu -rs -p no:cacheprovider tests
 }
 train() {  # two processes, then one
-    local options=(--recipe "$recipe" --precision "$precision" --device "$device" --steps "$steps" --no-check)
+    local options=(--recipe "$recipe" --precision "$precision" --device "$device" --transport "$transport")
+    options+=(--steps "$steps" --no-check)
     local resume=()
     [ -d "$out/run-two/checkpoints" ] && resume=(--resume) || rm -rf "$out/run-two"
     bash launch/train.sh "$shards" "$out/run-two" "${options[@]}" "${resume[@]}" || return
@@ -41,11 +43,11 @@ train() {  # two processes, then one
 }
 bench() {
     "$python" -m launch.cli bench all "$out/bench" --shards "$shards" --recipe "$recipe" --precision "$precision" \
-        --device "$device"
+        --device "$device" --transport "$transport"
 }
 
 export -f host tests train bench
-export root shards out python device recipe precision steps
+export root shards out python device recipe precision transport steps
 failed=0
 for part in ${PARTS:-host tests train bench}; do
     if [ ! -e "$out/$part.done" ]; then

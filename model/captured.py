@@ -1,6 +1,7 @@
-"""Both passes of a step as one CUDA graph: the GPU is sent one launch in place of some hundred.
+"""Both passes of a step as CUDA graphs: the GPU is sent a few launches in place of hundreds.
 
-For the whole network in one process: towers speak to each other in the midst of their passes.
+The whole network's passes are one graph. A tower's are cut where it sends to the other or waits for it; between two
+graphs the exchange does what it always does.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from model.exchange import Exchange, Pending
 from model.layers import Dropout
 from model.network import AlexNet
 
-EAGER_CALLS = 3  # first: libraries choose and load kernels, which a capture must not see
+EAGER_CALLS = 3  # first: libraries choose and load kernels, the exchange finds memory, which a capture must not see
 Passes = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -21,41 +23,141 @@ class CapturedPasses:
     """`captured(pixels, labels, number)` does what `passes` does, from the fourth call on by replaying it.
 
     `passes` sets gradients anew and returns the loss and how many labels came first; it reads nothing that moves but
-    its arguments. What depends on `number`, the dropout masks, is drawn before a replay.
+    its arguments. What depends on `number`, the dropout masks, is drawn before a replay. `join` has the current stream
+    wait for what `passes` may have started beside it.
     """
 
-    def __init__(self, network: AlexNet, passes: Passes):
-        self._passes = passes
+    def __init__(self, network: AlexNet, passes: Passes, join: Callable[[], None], exchange: Exchange | None):
+        self._passes, self._join, self._exchange = passes, join, exchange
         self._dropouts = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.p]
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recording: Recording | None = None
         self._calls = 0
 
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self._calls += 1
         if self._calls <= EAGER_CALLS:
             return self._passes(pixels, labels, number)
-        if self._graph is None:
-            self._capture(pixels, labels, number)
+        if self._recording is None:
+            self._record(pixels, labels, number)
         if pixels.shape != self._pixels.shape:
             raise ValueError(f"a batch of shape {list(pixels.shape)} after those of {list(self._pixels.shape)}")
         self._pixels.copy_(pixels)
         self._labels.copy_(labels)
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.draw(mask, number)
-        self._graph.replay()
+        self._recording.replay()
         return tuple(output.clone() for output in self._outputs)
 
-    def _capture(self, pixels: Tensor, labels: Tensor, number: int) -> None:
+    def _record(self, pixels: Tensor, labels: Tensor, number: int) -> None:
         self._pixels, self._labels = pixels.clone(), labels.clone()  # in the same memory format
         self._masks = [torch.empty(len(pixels), dropout.neurons, device=pixels.device) for dropout in self._dropouts]
-        graph = torch.cuda.CUDAGraph()
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.drawn = mask
+        recording = Recording(self._exchange, self._join)
         try:
-            # Other threads, DALI's, may go on allocating memory meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with recording:
                 self._outputs = self._passes(self._pixels, self._labels, number)
         finally:
             for dropout in self._dropouts:
                 dropout.drawn = None
-        self._graph = graph
+        self._recording = recording
+
+
+class Recording:
+    """What is queued on a GPU in a `with` statement, as graphs, and the swaps of `exchange` between them.
+
+    Nothing is computed or sent meanwhile; `replay` does it. What is received lies in the same place every time.
+    """
+
+    def __init__(self, exchange: Exchange | None, join: Callable[[], None]):
+        self._exchange, self._join = exchange, join
+        self._parts: list[Callable[[], object]] = []  # replays, sends and waits in their order
+        self._under_way: dict[int, Pending] = {}  # during a replay
+        self._swaps = 0
+        self._pool = None  # memory that the graphs share
+
+    def replay(self) -> None:
+        for part in self._parts:
+            part()
+
+    def begin(self, x: Tensor, name: str) -> RecordedSwap:
+        """Stand in for the exchange's `begin`."""
+        self._close()
+        swap = self._sent(x, name)
+        self._open()
+        return swap
+
+    def wait(self, swap: RecordedSwap) -> Tensor:
+        """Stand in for the exchange's wait."""
+        self._close()
+        received = self._received(swap)
+        self._open()
+        return received
+
+    def swap(self, x: Tensor, name: str) -> Tensor:
+        """Stand in for both, one right after the other."""
+        self._close()
+        received = self._received(self._sent(x, name))
+        self._open()
+        return received
+
+    def _sent(self, x: Tensor, name: str) -> RecordedSwap:
+        self._swaps += 1
+        number = self._swaps
+
+        def send() -> None:
+            self._under_way[number] = self._exchange.begin(x, name)
+
+        self._parts.append(send)
+        return RecordedSwap(number, x)
+
+    def _received(self, swap: RecordedSwap) -> Tensor:
+        received = torch.empty_like(swap.x)
+
+        def receive() -> None:
+            received.copy_(self._exchange.received(self._under_way.pop(swap.number)))
+
+        self._parts.append(receive)
+        return received
+
+    def __enter__(self) -> Recording:
+        torch.cuda.synchronize()
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # In one thread, for a capture ends in the one where it began.
+        self._contexts = torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False)
+        for context in self._contexts:
+            context.__enter__()
+        if self._exchange is not None:
+            self._exchange.recording = self
+        self._open()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._exchange is not None:
+            self._exchange.recording = None
+        try:
+            if kind is None:
+                self._close()
+        finally:
+            for context in reversed(self._contexts):
+                context.__exit__(None, None, None)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _open(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, DALI's, may go on allocating memory meanwhile.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _close(self) -> None:
+        self._join()
+        self._graph.capture_end()
+        self._pool = self._graph.pool()
+        self._parts.append(self._graph.replay)
+
+
+class RecordedSwap:
+    """A swap that has been begun in a recording."""
+
+    def __init__(self, number: int, x: Tensor):
+        self.number, self.x = number, x

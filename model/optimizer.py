@@ -51,6 +51,7 @@ class MomentumSGD(torch.optim.Optimizer):
         self._rounded: list[Tensor] = []
         self._settings: dict[int, Tensor] = {}  # of groups with rounded parameters: momentum, decay x rate, rate
         self._beside: torch.cuda.Stream | None = None
+        self._updating = False  # there
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["velocity"] = torch.zeros_like(parameter)
@@ -58,8 +59,8 @@ class MomentumSGD(torch.optim.Optimizer):
     def round(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
         """Return a copy of `parameter` (on CUDA) in half precision that stands for it in the network from now on.
 
-        Its gradient moves the parameter and writes the copy anew as soon as it is there, beside the rest of the backward
-        pass; `prepare` goes before that pass, `join` after it.
+        Its gradient moves the parameter and writes the copy anew as soon as it is there, beside the rest of the
+        backward pass; `prepare` goes before that pass, `join` after it.
         """
         group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
         rounded = parameter.detach().to(dtype).requires_grad_()
@@ -71,6 +72,7 @@ class MomentumSGD(torch.optim.Optimizer):
 
         def update(_: Tensor) -> None:
             self._beside.wait_stream(torch.cuda.current_stream(parameter.device))
+            self._updating = True
             with torch.no_grad(), torch.cuda.stream(self._beside):
                 gpu_kernels().momentum_update(parameter, self.state[parameter]["velocity"], rounded.grad, rounded,
                                               self._settings[id(group)])
@@ -81,15 +83,16 @@ class MomentumSGD(torch.optim.Optimizer):
     def prepare(self) -> None:
         """Tell the GPU the rates of this step."""
         for group in self.param_groups:
-            told = self._settings.get(id(group))
-            if told is not None:
-                told.copy_(torch.tensor([group["momentum"], group["weight_decay"] * group["lr"], group["lr"]]),
-                           non_blocking=True)
+            settings = [group["momentum"], group["weight_decay"] * group["lr"], group["lr"]]
+            if id(group) in self._settings and group.get("told") != settings:
+                group["told"] = settings
+                self._settings[id(group)].copy_(torch.tensor(settings))
 
     def join(self) -> None:
         """Have the current stream wait for the updates that run beside it."""
-        if self._beside is not None:
+        if self._updating:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+            self._updating = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

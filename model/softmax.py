@@ -76,7 +76,8 @@ class _SharedCrossEntropy(torch.autograd.Function):
         # d loss / d logit = (softmax - 1 where the class is the label) / N: all of it known here
         logits, log_total, column, own = ctx.saved_tensors
         softmax = torch.exp(logits - log_total[:, None])
-        softmax[own, column[own]] -= 1
+        is_label = own[:, None].to(softmax.dtype)
+        softmax.scatter_add_(1, column.clamp(0, softmax.shape[1] - 1)[:, None], -is_label)
         return softmax * (grad / len(logits)), None, None, None
 
 

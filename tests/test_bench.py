@@ -59,6 +59,15 @@ def test_exchange_of_every_message():
         "conv3": 0.66, "fc6": 0.14, "fc7": 0.06, "fc8": 0.06}
 
 
+def test_two_devices_are_modelled_from_what_was_measured():
+    found = bench("pair", "--recipe", "tiny", "--classes", 2, "--repeats", 1, "--link-gb-s", 0.5, "--latency-us", 1000)
+    forward = TINY.batch * (TINY.kernels[1] // 2 * 169 + TINY.kernels[4] // 2 * 36 + sum(TINY.neurons) // 2)
+    assert found["sent_bytes"] == 2 * 4 * forward
+    whole_s, tower_s = (TINY.batch / found[part]["median"] for part in ("whole", "tower"))
+    expected = whole_s / (tower_s + 9 * 1e-3 + found["sent_bytes"] / 0.5e9)
+    assert found["speed_up"]["median"] == pytest.approx(expected, rel=2e-3)
+
+
 def test_evaluate_and_lrn():
     found = bench("evaluate", "--recipe", "tiny", "--classes", 2, "--batch", 2, "--repeats", 1)
     assert found["views"] == 10 and found["peers"].keys() == {"stock"}
@@ -96,16 +105,16 @@ def test_all_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(everything, "_measure", measure)
     monkeypatch.setattr(everything.facts, "commit", lambda: "abc")
     settings = ["--recipe", "tiny"]
-    failed = everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None)
+    failed = everything.measure_everything(tmp_path / "out", None, None, settings, [], [], lambda line: None)
     assert failed == ["exchange: no peer"] and len(measured) == 7
     page = (tmp_path / "out" / "results.md").read_text()
     assert "| images_per_s | 2 (1 to 3), n = 3 |" in page and "Failed: exchange: no peer" in page
     (tmp_path / "out" / "lrn.json").write_text("{")  # cut off
     measured += [None] * 2
-    assert everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None) == []
+    assert everything.measure_everything(tmp_path / "out", None, None, settings, [], [], lambda line: None) == []
     assert measured[9:] == [(1, "lrn"), (2, "exchange")]
     monkeypatch.setattr(everything.facts, "commit", lambda: "def")
-    everything.measure_everything(tmp_path / "out", None, None, settings, [], lambda line: None)
+    everything.measure_everything(tmp_path / "out", None, None, settings, [], [], lambda line: None)
     assert len(measured) == 11 + 7
 
 

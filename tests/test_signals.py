@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -20,14 +21,9 @@ def pair() -> list[Signals]:
 
 
 def pair_of(timeout_s: float) -> list[Signals]:
-    store, ends = dist.HashStore(), [None, None]
-    threads = [threading.Thread(target=lambda rank: ends.__setitem__(rank, Signals(store, rank, timeout_s)), args=(rank,))
-               for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return ends
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda rank: Signals(store, rank, timeout_s), (0, 1)))
 
 
 def test_a_message_is_heard_after_it_was_sent(pair):

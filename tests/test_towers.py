@@ -52,3 +52,14 @@ def test_towers_in_mixed_precision(torchrun, transport):
 def test_towers_equal_the_whole_on_gpus(torchrun, transport):
     for record in compare(torchrun, "notes", "0.5", "float64", 1000, 4, transport, "cuda"):
         assert max(record["loss"] + record["gradient"] + record["weight"]) < 1e-10, record
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, transport", [("fp32", "cuda-ipc"), ("bf16", "cuda-ipc"), ("fp32", "rpc")])
+def test_a_captured_tower_is_the_tower(torchrun, precision, transport):
+    output = torchrun(2, "captured_tower.py", precision, transport).stdout
+    records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert len(records) == 2 and records[0]["losses"] == records[1]["losses"]
+    for record in records:
+        assert record["losses"] == pytest.approx(record["expected"], rel=1e-4 if precision == "fp32" else 2e-2)
+        assert record["cosine"] > 0.999 and len(set(record["losses"])) == len(record["losses"])

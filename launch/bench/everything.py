@@ -12,27 +12,28 @@ from launch import facts
 from launch.errors import UserError
 
 
-def parts(shards: Path | None, images: Path | None, settings: list[str],
-          device: list[str]) -> Iterator[tuple[str, int, list[str]]]:
+def parts(shards: Path | None, images: Path | None, settings: list[str], device: list[str],
+          transport: list[str]) -> Iterator[tuple[str, int, list[str]]]:
     """Yield (name, processes, arguments of `alexnet bench`) of what can be measured with what is given.
 
-    `settings` are options of all that run the network, `device` those of the loader.
+    `settings` are options of all that run the network, `device` those of the loader, `transport` those of two processes.
     """
     yield "lrn", 1, ["lrn", *settings]
     yield "step", 1, ["step", *settings]
     yield "step-without-lrn", 1, ["step", "--ablation", "no-lrn", *settings]
-    yield "step-two-processes", 2, ["step", *settings]
-    yield "exchange", 2, ["exchange", *settings]
+    yield "step-two-processes", 2, ["step", *settings, *transport]
+    yield "pair", 1, ["pair", *settings]
+    yield "exchange", 2, ["exchange", *settings, *transport]
     yield "evaluate", 1, ["evaluate", *settings]
-    yield "evaluate-two-processes", 2, ["evaluate", *settings]
+    yield "evaluate-two-processes", 2, ["evaluate", *settings, *transport]
     if shards is not None:
         yield "loader", 1, ["loader", str(shards), *device]
     if images is not None:
         yield "preprocess", 1, ["preprocess", str(images)]
 
 
-def measure_everything(out: Path, shards: Path | None, images: Path | None, settings: list[str],
-                       device: list[str], tell: Callable[[str], object]) -> list[str]:
+def measure_everything(out: Path, shards: Path | None, images: Path | None, settings: list[str], device: list[str],
+                       transport: list[str], tell: Callable[[str], object]) -> list[str]:
     """Run every part that has no result of this commit and these arguments in `out` yet; return those that failed.
 
     Writes `out`/PART.json, and `out`/results.md of all that are there. `tell` is given a line before each part.
@@ -42,7 +43,7 @@ def measure_everything(out: Path, shards: Path | None, images: Path | None, sett
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; name another folder") from None
     commit, failed, found = facts.commit(), [], []
-    for name, processes, arguments in parts(shards, images, settings, device):
+    for name, processes, arguments in parts(shards, images, settings, device, transport):
         path = out / f"{name}.json"
         asked = {"part": name, "processes_started": processes, "arguments": arguments, "commit": commit}
         known = _read(path)
@@ -97,7 +98,8 @@ def markdown(results: list[dict], failed: list[str]) -> str:
                   for name, inner in found.get("messages", {}).items() for key, value in inner.items()
                   if _is_spread(value)]
         settings = ("recipe", "batch", "processes", "threads", "workers", "device", "precision", "transport", "store",
-                    "multiply_flops_per_s", "copied_bytes_per_s", "arithmetic_s", "bytes_s")
+                    "multiply_flops_per_s", "copied_bytes_per_s", "arithmetic_s", "bytes_s", "link_bytes_per_s",
+                    "latency_s", "sent_bytes")
         lines += ["", ", ".join(f"{key} {found[key]}" for key in settings if found.get(key) is not None), ""]
     lines += [line for problem in failed for line in (f"Failed: {problem}", "")]
     return "\n".join(lines)

@@ -25,11 +25,8 @@ def exchange_speed(world: World, recipe: Recipe, repeats: int) -> dict:
     world.agree({"recipe": recipe.to_dict(), "repeats": repeats, "precision": world.precision,
                  "code": facts.code_hash()})
     world.connect()
-    n, kernels, neurons = recipe.batch, recipe.kernels, recipe.neurons
-    shapes = {"conv3": (n, kernels[1] // 2, 13, 13), "fc6": (n, kernels[4] // 2 * 36), "fc7": (n, neurons[0] // 2),
-              "fc8": (n, neurons[1] // 2)}
     totals, messages = [0.0] * repeats, {}
-    for name, shape in shapes.items():
+    for name, shape in activations(recipe).items():
         x = torch.randn(shape, device=world.device, dtype=MIXED.get(world.precision))
         if x.dim() == 4:
             x = x.to(memory_format=torch.channels_last)
@@ -39,6 +36,13 @@ def exchange_speed(world: World, recipe: Recipe, repeats: int) -> dict:
         totals = [total + 2 * s for total, s in zip(totals, seconds)]
         messages[name] = {"mib": round(x.numel() * x.element_size() / 2**20, 2), "seconds": spread(seconds),
                           "of_copy": spread([copy_s / s for s in seconds])}
-    return result("exchange", "seconds_a_step", totals, recipe=recipe.name, batch=n, processes=2,
+    return result("exchange", "seconds_a_step", totals, recipe=recipe.name, batch=recipe.batch, processes=2,
                   threads=world.threads, device=str(world.device), precision=world.precision,
                   transport=world.transport, messages=messages)
+
+
+def activations(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a tower sends forward, by the layer that reads it. (In `notes`, `paper` and `tiny`.)"""
+    n, kernels, neurons = recipe.batch, recipe.kernels, recipe.neurons
+    return {"conv3": (n, kernels[1] // 2, 13, 13), "fc6": (n, kernels[4] // 2 * 36), "fc7": (n, neurons[0] // 2),
+            "fc8": (n, neurons[1] // 2)}

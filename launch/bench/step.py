@@ -14,6 +14,7 @@ from launch.bench.report import beside, result, spread
 from launch.bench.step_peers import StockStep, stock, torchvision_shape
 from launch.precision import MIXED
 from launch.world import World
+from model.exchange import Exchange
 from model.optimizer import optimizer_of
 from model.recipe import Recipe
 from model.tower import build
@@ -38,10 +39,7 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
     pixels, labels = made_up(recipe, classes, world.device)
     contestants: dict[str, Callable[[int], object]] = {}
     mixed = MIXED.get(world.precision)
-    network = build(recipe, classes, 0, world.exchange)
-    network.mixed = mixed
-    network = network.to(world.device)
-    train_step = TrainingStep(network, optimizer_of(network, recipe), world.first_class(classes), world.exchange)
+    train_step = our_step(world, recipe, classes, world.exchange)
     contestants["ours"] = lambda number: train_step(pixels, labels, number)
     if peers and world.size == 1:
         for name, peer in (("stock", stock(recipe, classes)), ("torchvision_shape", torchvision_shape(classes))):
@@ -52,23 +50,18 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
         contestants["ddp"] = _peer_step(StockStep(ddp, recipe, mixed), pixels[half], labels[half])
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     shares, at_once = [], STEPS_AT_ONCE[world.device.type]
-
-    def measured(contestant: Callable[[int], object], number: int) -> None:
-        for step in range(number * at_once, (number + 1) * at_once):
-            contestant(step)
-
     for number in range(WARM_UP + steps):
         for name, contestant in contestants.items():
             waited = world.exchange.waited_s if world.exchange else 0.0
-            (seconds,) = seconds_of(lambda: measured(contestant, number), 1, world.device, warm_up=0)
+            seconds = step_seconds(contestant, number, world.device)
             if world.exchange:  # the longer wait of the two towers counts
                 mine = torch.tensor([world.exchange.waited_s - waited, seconds])
                 theirs = world.exchange.swap(mine.to(world.device), "wait").cpu()
                 waited_s, seconds = torch.maximum(mine, theirs).tolist()
                 if name == "ours" and number >= WARM_UP:
-                    shares.append(waited_s / seconds)
+                    shares.append(waited_s / at_once / seconds)
             if number >= WARM_UP:
-                rates[name].append(recipe.batch * at_once / seconds)
+                rates[name].append(recipe.batch / seconds)
     ours = rates.pop("ours")
     floors = _floors(world, recipe, classes)
     return result(
@@ -78,6 +71,26 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
         of_bytes=spread([rate / recipe.batch * floors["bytes_s"] for rate in ours]),
         **beside(ours, rates),
         **({"transport": world.transport, "waiting_for_peer": spread(shares)} if shares else {}))
+
+
+def our_step(world: World, recipe: Recipe, classes: int, exchange: Exchange | None) -> TrainingStep:
+    """Return a step of the whole network, or of the tower at this end of `exchange`."""
+    network = build(recipe, classes, 0, exchange)
+    network.mixed = MIXED.get(world.precision)
+    network = network.to(world.device)
+    first_class = (classes + 1) // 2 if exchange is not None and exchange.tower else 0
+    return TrainingStep(network, optimizer_of(network, recipe), first_class, exchange)
+
+
+def step_seconds(step: Callable[[int], object], number: int, device: torch.device) -> float:
+    """Return the seconds a step in measurement `number`."""
+    at_once = STEPS_AT_ONCE[device.type]
+
+    def steps() -> None:
+        for one in range(number * at_once, (number + 1) * at_once):
+            step(one)
+
+    return seconds_of(steps, 1, device, warm_up=0)[0] / at_once
 
 
 def made_up(recipe: Recipe, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:

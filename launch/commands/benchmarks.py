@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.commands.options import FOLDER, PRECISIONS, process_options
+from launch.commands.options import FOLDER, PRECISIONS, Number, process_options
 from launch.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def bench_loader(shards: Path, **settings) -> None:
 @RECIPE
 @click.option("--ablation", help="One change to the recipe: as of `alexnet ablate`: no-lrn ...; then without peers.")
 @CLASSES
-@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Measured, after two others; on a GPU twenty times as many.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1),
+              help="Measured, after two others; on a GPU twenty times as many.")
 @PEERS
 @process_options
 def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peers: bool, **process) -> None:
@@ -118,6 +119,23 @@ def bench_exchange(recipe: str, repeats: int, **process) -> None:
     _in_world(process, lambda world: exchange_speed(world, chosen, repeats))
 
 
+@bench.command("pair")
+@RECIPE
+@CLASSES
+@REPEATS
+@click.option("--link-gb-s", default=50.0, show_default=True, type=Number(1e-3, 1e6),
+              help="GB/s each way between the devices; 50: PCIe 5.0 x16; NVLink of an H100 has 450.")
+@click.option("--latency-us", default=20.0, show_default=True, type=Number(0, 1e6), help="Microseconds a swap.")
+@process_options
+def bench_pair(recipe: str, classes: int, repeats: int, link_gb_s: float, latency_us: float, **process) -> None:
+    """Two towers on two devices, modelled from one tower's measured speed; in one process."""
+    from launch.bench.pair import pair_model
+    from model.recipe import recipe_named
+
+    chosen = recipe_named(recipe)
+    _in_world(process, lambda world: pair_model(world, chosen, classes, repeats, link_gb_s * 1e9, latency_us / 1e6))
+
+
 @bench.command("all")
 @click.argument("out", type=FOLDER)
 @click.option("--shards", type=FOLDER, help="For the loader.")
@@ -125,8 +143,9 @@ def bench_exchange(recipe: str, repeats: int, **process) -> None:
 @RECIPE
 @click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
 @click.option("--precision", type=click.Choice(PRECISIONS))
+@click.option("--transport", default="rpc", show_default=True, help="Of the parts that take two processes.")
 def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, device: str | None,
-              precision: str | None) -> None:
+              precision: str | None, transport: str) -> None:
     """Measure everything into the folder OUT: JSON a part, and results.md.
 
     Parts that OUT has of this commit are not measured again.
@@ -135,7 +154,8 @@ def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, 
 
     device_option = ["--device", device] if device else []
     settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
-    failed = measure_everything(out, shards, images, settings, device_option, lambda line: click.echo(line, err=True))
+    failed = measure_everything(out, shards, images, settings, device_option, ["--transport", transport],
+                                lambda line: click.echo(line, err=True))
     click.echo(str(out / "results.md"))
     if failed:
         raise RunFailed(f"{len(failed)} of the benchmarks failed; {failed[0]}")

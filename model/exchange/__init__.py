@@ -24,6 +24,16 @@ class Pending(Protocol):
         """Return the peer's tensor. Raises PeerError where it does not come in time."""
 
 
+class Recorder(Protocol):
+    """Takes swaps down in place of doing them (model.captured)."""
+
+    def begin(self, x: Tensor, name: str) -> Pending: ...
+
+    def wait(self, pending: Pending) -> Tensor: ...
+
+    def swap(self, x: Tensor, name: str) -> Tensor: ...
+
+
 class Exchange(ABC):
     """The link of tower `tower` (0 or 1) to its peer."""
 
@@ -32,6 +42,7 @@ class Exchange(ABC):
         # Time in which the host had nothing to do but wait for the peer. (On a GPU the arithmetic that is
         # queued there goes on meanwhile.)
         self.waited_s = 0.0
+        self.recording: Recorder | None = None  # while a step is recorded, what stands in for the transport
 
     @abstractmethod
     def begin(self, x: Tensor, name: str) -> Pending:
@@ -45,7 +56,9 @@ class Exchange(ABC):
 
     def swap(self, x: Tensor, name: str) -> Tensor:
         """Return the peer's tensor for x. Not differentiable."""
-        return self._wait(self.begin(x.detach(), name))
+        if self.recording is not None:
+            return self.recording.swap(x.detach(), name)
+        return self.received(self.begin(x.detach(), name))
 
     def start(self, x: Tensor, name: str) -> tuple[Tensor, _Token]:
         """Begin to swap x. Use the returned x in place of it: its gradient includes the peer's."""
@@ -57,12 +70,19 @@ class Exchange(ABC):
         """Return the peer's x; in backward its gradient is sent to the peer at once."""
         return _Finish.apply(token.edge, token)
 
-    def _wait(self, pending: Pending) -> Tensor:
+    def received(self, pending: Pending) -> Tensor:
+        """Return the peer's tensor of a swap that has begun."""
         began = time.perf_counter()
         with record_function("wait for the other tower"):
             received = pending.wait()
         self.waited_s += time.perf_counter() - began
         return received
+
+    def _begin(self, x: Tensor, name: str) -> Pending:
+        return (self.recording or self).begin(x, name)
+
+    def _wait(self, pending: Pending) -> Tensor:
+        return self.received(pending) if self.recording is None else self.recording.wait(pending)
 
 
 class _Token:
@@ -78,7 +98,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, token: _Token):
         ctx.token = token
-        token.pending = token.exchange.begin(x.detach(), token.name)
+        token.pending = token.exchange._begin(x.detach(), token.name)
         return x.view_as(x), x.new_empty(0)
 
     @staticmethod
@@ -100,7 +120,7 @@ class _Finish(torch.autograd.Function):
         # Autograd runs what was recorded last first: this comes before the own half's backward,
         # which hides the transfer, and _Start.backward, which needs its outcome, comes after that.
         token = ctx.token
-        token.pending = token.exchange.begin(grad_peer, f"gradient of {token.name}")
+        token.pending = token.exchange._begin(grad_peer, f"gradient of {token.name}")
         return grad_peer.new_empty(0), None
 
 

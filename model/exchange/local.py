@@ -1,4 +1,4 @@
-"""Both towers in one process, on two threads: for tests and experiments."""
+"""Both towers in one process, on two threads, or one of them alone: for tests and measurements."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def local_pair(timeout_s: float = 30) -> tuple[LocalExchange, LocalExchange]:
     """Return the two ends of one link. Each is to be used from a thread of its own."""
     inboxes = Mailbox(), Mailbox()
     return LocalExchange(0, inboxes, timeout_s), LocalExchange(1, inboxes, timeout_s)
+
+
+class EchoExchange(Exchange):
+    """A peer that answers at once with what it was sent: one tower alone costs what it costs beside an equal peer."""
+
+    def begin(self, x: Tensor, name: str) -> Pending:
+        return _Echo(x.clone())
+
+
+class _Echo:
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    def wait(self) -> Tensor:
+        return self.x

@@ -1,4 +1,4 @@
-"""What two processes of one host tell each other in memory that both map: how far each has come, within microseconds."""
+"""What two processes of one host tell each other in memory that both map, within microseconds: how far each is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Signals:
     """Process `rank` (0 or 1) of two sends messages 1, 2, ..., each with a name, and waits for the other's."""
 
     def __init__(self, store: Store, rank: int, timeout_s: float):
-        """`store` is both processes'. PeerError if the other does not come within `timeout_s`, or is of another host."""
+        """`store` is both processes'. PeerError if the other does not come within `timeout_s`."""
         self._rank, self._timeout_s = rank, timeout_s
         store.set(f"pid/{rank}", str(os.getpid()))
         try:
