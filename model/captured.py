@@ -36,7 +36,8 @@ class CapturedPasses:
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self._calls += 1
         if self._calls <= EAGER_CALLS:
-            return self._passes(pixels, labels, number)
+            with torch.autograd.set_multithreading_enabled(False):  # as in a recording: libraries plan for each thread
+                return self._passes(pixels, labels, number)
         if self._recording is None:
             self._record(pixels, labels, number)
         if pixels.shape != self._pixels.shape:
