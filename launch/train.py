@@ -168,7 +168,7 @@ class Trainer:
         self.network = network.to(self.world.device)
         self.optimizer = optimizer_of(self.network, self.recipe)
         self.train_step = TrainingStep(self.network, self.optimizer, self.world.first_class(self.classes),
-                                       self.world.exchange)
+                                       self.world.exchange, self.world.graphs)
         self.tensors: dict[str, Tensor] = {}  # what a checkpoint holds
         for name, parameter in self.network.named_parameters():
             self.tensors[name] = parameter.detach()

@@ -48,6 +48,7 @@ class World:
     store: dist.Store | None = None
     exchange: Exchange | None = None
     precision: str = "fp32"
+    graphs: bool = False  # whether steps are replayed from CUDA graphs
     pictures: GlooSwap | None = None  # where two towers on CPUs share the decoding
 
     @property
@@ -132,10 +133,10 @@ def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
 
 @contextmanager
 def join_world(device: str | None, transport: str, timeout_s: float, threads: int | None,
-               precision: str | None = None) -> Iterator[World]:
+               precision: str | None = None, graphs: bool | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
-    UserError for more than two processes, or a device, transport or precision that is not to be had here.
+    `graphs` is whether to replay training steps from CUDA graphs; None: on a GPU, for the whole network. UserError for more than two processes, or a device, transport or precision that is not to be had here.
     """
     rank, size = rank_and_size()
     if size > 2:
@@ -152,8 +153,10 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     threads = threads or max(1, usable_cores() // local_size())
     torch.set_num_threads(threads)
     precision = choose_precision(precision, chosen)
+    if graphs and chosen.type == "cpu":
+        raise UserError("--graphs is of GPUs: leave it out, or use --device cuda")
     world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s),
-                  precision=precision)
+                  precision=precision, graphs=chosen.type == "cuda" and (size == 1 if graphs is None else graphs))
     yield world
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
     if world.exchange is not None:

@@ -6,7 +6,9 @@ graphs the exchange does what it always does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,12 +33,13 @@ class CapturedPasses:
         self._passes, self._join, self._exchange = passes, join, exchange
         self._dropouts = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.p]
         self._recording: Recording | None = None
+        self._stream = torch.cuda.Stream(next(network.parameters()).device)
         self._calls = 0
 
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self._calls += 1
         if self._calls <= EAGER_CALLS:
-            with torch.autograd.set_multithreading_enabled(False):  # as in a recording: libraries plan for each thread
+            with _on(self._stream):
                 return self._passes(pixels, labels, number)
         if self._recording is None:
             self._record(pixels, labels, number)
@@ -55,8 +58,10 @@ class CapturedPasses:
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.drawn = mask
         recording = Recording(self._exchange, self._join)
+        gc.collect()  # what is left of earlier calls would have this one wait for them
+        torch.cuda.synchronize()
         try:
-            with recording:
+            with _on(self._stream), recording:
                 self._outputs = self._passes(self._pixels, self._labels, number)
         finally:
             for dropout in self._dropouts:
@@ -67,7 +72,8 @@ class CapturedPasses:
 class Recording:
     """What is queued on a GPU in a `with` statement, as graphs, and the swaps of `exchange` between them.
 
-    Nothing is computed or sent meanwhile; `replay` does it. What is received lies in the same place every time.
+    The current stream must not be the default one. Nothing is computed or sent meanwhile; `replay` does it. What is
+    received lies in the same place every time.
     """
 
     def __init__(self, exchange: Exchange | None, join: Callable[[], None]):
@@ -122,13 +128,6 @@ class Recording:
         return received
 
     def __enter__(self) -> Recording:
-        torch.cuda.synchronize()
-        self._stream = torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        # In one thread, for a capture ends in the one where it began.
-        self._contexts = torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False)
-        for context in self._contexts:
-            context.__enter__()
         if self._exchange is not None:
             self._exchange.recording = self
         self._open()
@@ -137,13 +136,8 @@ class Recording:
     def __exit__(self, kind, *_) -> None:
         if self._exchange is not None:
             self._exchange.recording = None
-        try:
-            if kind is None:
-                self._close()
-        finally:
-            for context in reversed(self._contexts):
-                context.__exit__(None, None, None)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        if kind is None:
+            self._close()
 
     def _open(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -155,6 +149,20 @@ class Recording:
         self._graph.capture_end()
         self._pool = self._graph.pool()
         self._parts.append(self._graph.replay)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Queue on `stream`, in the order of the current one; backward passes too, in this thread alone.
+
+    A capture must begin and end in one thread, and libraries plan anew for each thread and stream: therefore the calls
+    before it come here too.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+        yield
+    current.wait_stream(stream)
 
 
 class RecordedSwap:

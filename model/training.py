@@ -19,17 +19,17 @@ class TrainingStep:
     """`step(pixels, labels, number)` moves the weights once and returns the loss and how many labels came first.
 
     pixels float32 [N, 3, 224, 224], labels int64 [N]; `number` is the step's, from which dropout is drawn. Where the
-    network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there. On
-    a GPU a step is replayed from CUDA graphs, after a few that are not.
+    network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there. With
+    `graphs`, on a GPU, steps are replayed from CUDA graphs, after a few that are not.
     """
 
     def __init__(self, network: AlexNet, optimizer: MomentumSGD, first_class: int = 0,
-                 exchange: Exchange | None = None):
+                 exchange: Exchange | None = None, graphs: bool = False):
         self.network, self.optimizer, self.first_class, self.exchange = network, optimizer, first_class, exchange
         device = next(network.parameters()).device
         self.loss_scale = LossScale(device) if network.mixed == torch.float16 else None
         self._passes = self._both_passes
-        if device.type == "cuda":
+        if graphs:
             self._passes = CapturedPasses(network, self._both_passes, optimizer.join, exchange)
         self._to_round: list[Linear] = []
         if device.type == "cuda" and network.mixed == torch.bfloat16 and gpu_kernels():

@@ -35,6 +35,11 @@ class Graph:
 
 
 class Stream:
+    device = None
+
+    def __init__(self, device=None):
+        pass
+
     def wait_stream(self, _):
         pass
 

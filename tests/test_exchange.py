@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.errors import PeerError
-from model.exchange.local import local_pair
+from model.exchange.local import EchoExchange, local_pair
 from model.exchange.mailbox import Mailbox
 from model.softmax import cross_entropy, probabilities, rank_of_label
 from model.tower import JoinedConv2d, JoinedLinear
@@ -68,6 +70,20 @@ def test_exchange_gradient():
 
     inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in (0, 1)]
     assert torch.autograd.gradcheck(as_one_function(tower), inputs)
+
+
+def test_a_swap_leaves_nothing_behind():
+    """Not even for the garbage collector: what a node holds is as large as a batch's activations."""
+    exchange, x = EchoExchange(0), torch.randn(3, requires_grad=True)
+    gc.disable()
+    try:
+        own, token = exchange.start(x, "test")
+        (own * exchange.finish(token)).sum().backward()
+        left = weakref.ref(token)
+        del own, token
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 class Recorder(TorchDispatchMode):

@@ -184,9 +184,7 @@ def trained(captured: bool, mixed: torch.dtype | None, steps: int = 8) -> tuple[
     network = build(recipe, 10, seed=3)
     network.mixed = mixed
     network = network.cuda()
-    step = TrainingStep(network, optimizer_of(network, recipe))
-    if not captured:
-        step._passes = step._both_passes
+    step = TrainingStep(network, optimizer_of(network, recipe), graphs=captured)
     random = torch.Generator().manual_seed(0)
     losses = []
     for number in range(steps):
@@ -213,7 +211,7 @@ def test_rounded_weights_follow_the_weights():
     network = build(recipe, 10, seed=3)
     network.mixed = torch.bfloat16
     network = network.cuda()
-    step = TrainingStep(network, optimizer_of(network, recipe))
+    step = TrainingStep(network, optimizer_of(network, recipe), graphs=True)
     before = network.fc6.weight.detach().clone()
     for number in range(6):  # the last three are replayed, of which one with another rate
         rate = 0.0 if number == 5 else 0.001

@@ -16,7 +16,8 @@ def parts(shards: Path | None, images: Path | None, settings: list[str], device:
           transport: list[str]) -> Iterator[tuple[str, int, list[str]]]:
     """Yield (name, processes, arguments of `alexnet bench`) of what can be measured with what is given.
 
-    `settings` are options of all that run the network, `device` those of the loader, `transport` those of two processes.
+    `settings` are options of all that run the network, `device` those of the loader, `transport` those of two
+    processes.
     """
     yield "lrn", 1, ["lrn", *settings]
     yield "step", 1, ["step", *settings]

@@ -79,7 +79,7 @@ def our_step(world: World, recipe: Recipe, classes: int, exchange: Exchange | No
     network.mixed = MIXED.get(world.precision)
     network = network.to(world.device)
     first_class = (classes + 1) // 2 if exchange is not None and exchange.tower else 0
-    return TrainingStep(network, optimizer_of(network, recipe), first_class, exchange)
+    return TrainingStep(network, optimizer_of(network, recipe), first_class, exchange, world.graphs)
 
 
 def step_seconds(step: Callable[[int], object], number: int, device: torch.device) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.commands.options import FOLDER, PRECISIONS, Number, process_options
+from launch.commands.options import FOLDER, PRECISIONS, Number, graphs_option, process_options
 from launch.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def bench_loader(shards: Path, **settings) -> None:
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1),
               help="Measured, after two others; on a GPU twenty times as many.")
 @PEERS
+@graphs_option
 @process_options
 def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peers: bool, **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""
@@ -126,6 +127,7 @@ def bench_exchange(recipe: str, repeats: int, **process) -> None:
 @click.option("--link-gb-s", default=50.0, show_default=True, type=Number(1e-3, 1e6),
               help="GB/s each way between the devices; 50: PCIe 5.0 x16; NVLink of an H100 has 450.")
 @click.option("--latency-us", default=20.0, show_default=True, type=Number(0, 1e6), help="Microseconds a swap.")
+@graphs_option
 @process_options
 def bench_pair(recipe: str, classes: int, repeats: int, link_gb_s: float, latency_us: float, **process) -> None:
     """Two towers on two devices, modelled from one tower's measured speed; in one process."""

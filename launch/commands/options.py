@@ -59,6 +59,12 @@ def process_options(command):
     return command
 
 
+def graphs_option(command):
+    """How training steps are sent to a GPU; beside `process_options`."""
+    return click.option("--graphs/--no-graphs", default=None, help="Replay steps from CUDA graphs; default: on a GPU, "
+                        "where one process trains the whole network.")(command)
+
+
 def cache_option(command):
     """Where shards of an object store are copied to."""
     return click.option("--cache", type=FOLDER, help="Folder for copies of shards that lie in an object store; "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from launch.commands.options import FOLDER, PLACE, Number, cache_option, process_options
+from launch.commands.options import FOLDER, PLACE, Number, cache_option, graphs_option, process_options
 
 
 @click.command()
@@ -25,6 +25,7 @@ from launch.commands.options import FOLDER, PLACE, Number, cache_option, process
 @click.option("--check/--no-check", default=True, help="Hash all shards before the start.")
 @click.option("--profile", is_flag=True, help="Write a trace of five steps, RUN/trace-tower0.json, for Perfetto.")
 @cache_option
+@graphs_option
 @process_options
 def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed: int | None, epochs: int | None,
           steps: int | None, resume: bool, checkpoint_minutes: float, keep: int, check: bool, profile: bool,

@@ -68,7 +68,9 @@ class Exchange(ABC):
 
     def finish(self, token: _Token) -> Tensor:
         """Return the peer's x; in backward its gradient is sent to the peer at once."""
-        return _Finish.apply(token.edge, token)
+        edge = token.edge
+        del token.edge  # whose node holds the token: in a circle they would keep the step's memory until Python looks
+        return _Finish.apply(edge, token)
 
     def received(self, pending: Pending) -> Tensor:
         """Return the peer's tensor of a swap that has begun."""

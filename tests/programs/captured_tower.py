@@ -23,9 +23,7 @@ def trained(world, captured):
     network = build(recipe, 10, 3, world.exchange)
     network.mixed = MIXED.get(world.precision)
     network = network.to(world.device)
-    step = TrainingStep(network, optimizer_of(network, recipe), world.first_class(10), world.exchange)
-    if not captured:
-        step._passes = step._both_passes
+    step = TrainingStep(network, optimizer_of(network, recipe), world.first_class(10), world.exchange, captured)
     random, losses = torch.Generator().manual_seed(0), []
     for number in range(10):
         pixels = (torch.randn(16, 3, 224, 224, generator=random) * 30).contiguous(memory_format=torch.channels_last)
