@@ -19,6 +19,7 @@ from model.network import AlexNet
 from model.recipe import Recipe
 
 CALLS_AT_ONCE = 10  # on a GPU
+CALLS_OF_TWO = 200  # of two processes, which may share it by turns of a millisecond
 
 
 def seconds_of(work: Callable[[], object], repeats: int, device: torch.device,
@@ -44,6 +45,7 @@ def device_seconds(work: Callable[[], object], repeats: int, device: torch.devic
     """
     if device.type == "cpu":
         return seconds_of(work, repeats, device, exchange=exchange)
+    calls = CALLS_AT_ONCE if exchange is None else CALLS_OF_TWO
     found = []
     for _ in range(1 + repeats):
         if exchange is not None:
@@ -51,11 +53,11 @@ def device_seconds(work: Callable[[], object], repeats: int, device: torch.devic
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(5_000_000)  # some milliseconds, in which the host gets ahead
         began.record()
-        for _ in range(CALLS_AT_ONCE):
+        for _ in range(calls):
             work()
         ended.record()
         ended.synchronize()
-        found.append(began.elapsed_time(ended) / 1e3 / CALLS_AT_ONCE)
+        found.append(began.elapsed_time(ended) / 1e3 / calls)
     return found[1:]
 
 
