@@ -14,7 +14,7 @@ from numba.extending import overload
 from numpy import float32, int32, uint16, uint32
 
 REACH = 2  # channels to either side: windows of up to 5
-BLOCK = 1024  # numbers at a time, about
+BLOCK = 384  # numbers at a time, about: few enough for the processor to reach for the next before these are done
 
 # No reordering of sums: every place's result is the same wherever the work is cut.
 _compiled = dict(nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
@@ -74,16 +74,18 @@ def _activation(stored, floor):
 
 @numba.njit(inline="always")
 def _fourth_root_of_inverse(s):
-    """s^(-1/4) to 4e-7 of it: a guess from the bits of s > 0, then two steps of Householder's cubic iteration.
+    """s^(-1/4) to 3e-7 of it: a guess y from the bits of s > 0, then y (1 - m)^(-1/4) with m = 1 - s y^4, |m| < 0.1236.
 
-    Several times faster than two square roots and a division.
+    The polynomial is the best of degree 4 for these m, to 1.5e-7. Several times faster than two square roots and a
+    division.
     """
-    y = int32(int32(0x4F58CAE5) - (float32(s).view(int32) >> int32(2))).view(float32)
-    for _ in range(2):
-        square = y * y
-        missing = float32(1) - s * (square * square)
-        y = y + y * missing * (float32(0.25) + float32(5 / 32) * missing)
-    return y
+    y = int32(int32(0x4F581800) - (float32(s).view(int32) >> int32(2))).view(float32)
+    square = y * y
+    m = float32(1) - s * (square * square)
+    p = float32(0.11874993) + float32(0.09699606) * m
+    p = float32(0.15623853) + p * m
+    p = float32(0.24999402) + p * m
+    return y + y * (p * m)
 
 
 # Indices are plain loop variables over slices, and rows of `near` are indexed, not unpacked: other ways the compiler
