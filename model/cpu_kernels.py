@@ -14,7 +14,7 @@ from numba.extending import overload
 from numpy import float32, int32, uint16, uint32
 
 REACH = 2  # channels to either side: windows of up to 5
-BLOCK = 384  # numbers at a time, about: few enough for the processor to reach for the next before these are done
+BLOCK_BYTES = 1536  # of each array at a time, about: so few that the next are on their way before these are done
 
 # No reordering of sums: every place's result is the same wherever the work is cut.
 _compiled = dict(nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
@@ -25,14 +25,15 @@ except RuntimeError:  # no folder to keep machine code in
     pass
 
 
-def window_factors(channels: int, n: int, towers: int) -> np.ndarray:
+def window_factors(channels: int, n: int, towers: int, number_bytes: int) -> np.ndarray:
     """Return `near` [5, block]: 1 where the channel at offset -2 ... 2 lies in the window, for a block of places."""
     c = np.arange(channels)
+    places = max(1, BLOCK_BYTES // number_bytes // channels)
     factors = []
     for offset in range(-REACH, REACH + 1):
         j = c + offset
         same_tower = (j >= 0) & (j < channels) & (j * towers // channels == c * towers // channels)
-        factors.append(np.tile(same_tower & (abs(offset) <= n // 2), max(1, BLOCK // channels)))
+        factors.append(np.tile(same_tower & (abs(offset) <= n // 2), places))
     return np.array(factors, float32)
 
 

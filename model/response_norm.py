@@ -59,7 +59,7 @@ class LocalResponseNorm(nn.Module):
             return gpu_kernel(gpu, self, relu)
         on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
         if on_cpu and self.beta == 0.75 and (cpu := compiled_kernels()):
-            return _cpu_kernel(cpu, self, x.shape[1], relu)
+            return _cpu_kernel(cpu, self, x, relu)
         return None
 
 
@@ -68,8 +68,8 @@ class LocalResponseNorm(nn.Module):
 Kernel = Callable[..., None]
 
 
-def _cpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, channels: int, relu: bool) -> Kernel:
-    near = _window_factors(channels, norm.n, norm.towers)
+def _cpu_kernel(kernels: ModuleType, norm: LocalResponseNorm, x: Tensor, relu: bool) -> Kernel:
+    near = _window_factors(x.shape[1], norm.n, norm.towers, x.element_size())
     floor = 0.0 if relu else float("-inf")
 
     def run(name: str, *tensors: Tensor) -> None:
@@ -133,8 +133,8 @@ class _PooledResponseNorm(torch.autograd.Function):
 
 
 @functools.cache
-def _window_factors(channels: int, n: int, towers: int):
-    return compiled_kernels().window_factors(channels, n, towers)
+def _window_factors(channels: int, n: int, towers: int, number_bytes: int):
+    return compiled_kernels().window_factors(channels, n, towers, number_bytes)
 
 
 @functools.lru_cache

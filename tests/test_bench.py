@@ -71,8 +71,9 @@ def test_two_devices_are_modelled_from_what_was_measured():
 def test_evaluate_and_lrn():
     found = bench("evaluate", "--recipe", "tiny", "--classes", 2, "--batch", 2, "--repeats", 1)
     assert found["views"] == 10 and found["peers"].keys() == {"stock"}
-    found = bench("lrn", "--recipe", "tiny", "--repeats", 1)
-    assert found["layer2"]["shape"] == [TINY.batch, TINY.kernels[1], 27, 27] and found["layer1"]["torch"]
+    for precision in ("fp32", "bf16"):
+        found = bench("lrn", "--recipe", "tiny", "--repeats", 1, "--precision", precision)
+        assert found["layer2"]["shape"] == [TINY.batch, TINY.kernels[1], 27, 27] and found["layer1"]["torch"]
 
 
 def test_work_of_a_step_is_that_of_the_notes():

@@ -32,7 +32,7 @@ def lrn_speed(world: World, recipe: Recipe, repeats: int, peers: bool = True) ->
         contestants: dict[str, Callable[[Tensor], Tensor]] = {"ours": lambda x, norm=ours: norm(x, relu=True)}
         if peers:
             torchs = nn.LocalResponseNorm(recipe.lrn_n, recipe.lrn_n * recipe.lrn_alpha, recipe.lrn_beta, recipe.lrn_k)
-            contestants["torch"] = lambda x, norm=torchs: norm(F.relu(x))
+            contestants["torch"] = lambda x, norm=torchs: _autocast(norm, x)
         copies: dict[str, list[float]] = {name: [] for name in contestants}
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(repeats):
@@ -51,5 +51,11 @@ def lrn_speed(world: World, recipe: Recipe, repeats: int, peers: bool = True) ->
 
 def _both_passes(norm: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
     x = x.detach().requires_grad_()
-    grad = torch.randn_like(x)
+    grad = torch.randn_like(norm(x))
     return lambda: torch.autograd.grad(norm(x), x, grad)
+
+
+def _autocast(norm: nn.LocalResponseNorm, x: Tensor) -> Tensor:
+    """As in a network in half precision: on a CPU torch has it in single precision only."""
+    with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+        return norm(F.relu(x))
