@@ -15,7 +15,7 @@ from launch.runlog import RunLog
 from launch.trained import open_trained
 from launch.world import World
 from model.network import AlexNet
-from model.softmax import probabilities, rank_of_label
+from model.softmax import first_class, probabilities, rank_of_label
 from pipeline.manifest import check_files, load_manifest
 from pipeline.shards import ShardImages
 
@@ -37,11 +37,11 @@ def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], clas
     softmax outputs of an image's views are averaged (section 4.1).
     """
     network.eval()
-    first_class = world.first_class(classes)
+    first = first_class(classes, world.exchange)
     wrong1 = wrong5 = images = 0
     for pixels, labels in batches:
         scores = probabilities(network(pixels), world.exchange).unflatten(0, (len(labels), -1)).mean(1)
-        ranks = rank_of_label(scores, labels, first_class, world.exchange)
+        ranks = rank_of_label(scores, labels, first, world.exchange)
         wrong1 += int((ranks >= 1).sum())
         wrong5 += int((ranks >= 5).sum())
         images += len(labels)

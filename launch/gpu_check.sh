@@ -2,7 +2,7 @@
 # Try and measure everything on a host with GPUs:  bash launch/gpu_check.sh SHARDS OUT
 #
 # Needs no network. Each part leaves its output in OUT, and OUT/PART.done where it went well; what has that is not run
-# again, so start the same command again after a stop. OUT/summary.txt has a line a part. About ten minutes on a fast GPU.
+# again, so start the same command again after a stop. OUT/summary.txt has a line a part.
 # PARTS="tests bench" runs these alone; RECIPE, PRECISION, TRANSPORT and STEPS say what is measured, LIMIT_S (300) ends a
 # part, DEVICE=cpu tries the script where there is no GPU.
 set -uo pipefail
@@ -46,10 +46,16 @@ bench() {
         --device "$device" --transport "$transport"
 }
 
-export -f host tests train bench
+graphs() {  # a tower's step as CUDA graphs, which train and bench leave out
+    "$python" -m pytest -m gpu -rs -p no:cacheprovider tests/test_towers.py -k captured || return
+    "$python" -m launch.torchrun --standalone --nproc-per-node 2 -m launch.cli bench step --recipe "$recipe" \
+        --precision "$precision" --device "$device" --transport "$transport" --graphs --no-peers
+}
+
+export -f host tests train bench graphs
 export root shards out python device recipe precision transport steps
 failed=0
-for part in ${PARTS:-host tests train bench}; do
+for part in ${PARTS:-host tests train bench $([ "$device" = cuda ] && echo graphs)}; do
     if [ ! -e "$out/$part.done" ]; then
         echo "$part ..." >&2
         if timeout "${LIMIT_S:-300}" bash -c "$part" > "$out/$part.txt" 2>&1; then touch "$out/$part.done"; fi

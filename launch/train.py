@@ -26,6 +26,7 @@ from launch.world import World
 from model.optimizer import optimizer_of, set_rates
 from model.recipe import Recipe
 from model.schedule import Moment, Progress
+from model.softmax import first_class
 from model.tower import build, whole_shapes
 from model.training import TrainingStep
 from pipeline.batches import Lighting, TrainingBatches
@@ -167,7 +168,7 @@ class Trainer:
         network.mixed = MIXED.get(self.world.precision)
         self.network = network.to(self.world.device)
         self.optimizer = optimizer_of(self.network, self.recipe)
-        self.train_step = TrainingStep(self.network, self.optimizer, self.world.first_class(self.classes),
+        self.train_step = TrainingStep(self.network, self.optimizer, first_class(self.classes, self.world.exchange),
                                        self.world.exchange, self.world.graphs)
         self.tensors: dict[str, Tensor] = {}  # what a checkpoint holds
         for name, parameter in self.network.named_parameters():

@@ -27,7 +27,6 @@ from launch.precision import choose_precision
 from model.errors import PeerError, reason
 from model.exchange import Exchange
 
-TRANSPORTS = ("rpc", "rpc-staged", "cuda-ipc", "gloo", "nccl")
 # Rank 0 may have terabytes to hash before it speaks; if it dies meanwhile, torchrun ends the others.
 FIRST_WORD = timedelta(hours=6)
 
@@ -55,10 +54,6 @@ class World:
     def leads(self) -> bool:
         """Whether this process writes the log, checks the input first and speaks to the user."""
         return self.rank == 0
-
-    def first_class(self, classes: int) -> int:
-        """Return the first class whose logit this process holds."""
-        return (classes + 1) // 2 if self.rank else 0
 
     def agree(self, facts: dict) -> None:
         """Compare `facts` with the other tower's; UserError names those that differ, PeerError if it is silent.

@@ -7,11 +7,13 @@ graphs the exchange does what it always does.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from model.exchange import Exchange, Pending
 from model.layers import Dropout
@@ -22,37 +24,39 @@ Passes = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class CapturedPasses:
-    """`captured(pixels, labels, number)` does what `passes` does, from the fourth call on by replaying it.
+    """`captured(passes, pixels, labels, number)` does what `passes` does, from the fourth call on by replaying it.
 
-    `passes` sets gradients anew and returns the loss and how many labels came first; it reads nothing that moves but
-    its arguments. What depends on `number`, the dropout masks, is drawn before a replay. `join` has the current stream
-    wait for what `passes` may have started beside it.
+    `passes(pixels, labels, number)` sets gradients anew and returns the loss and how many labels came first; it reads
+    nothing that moves but its arguments. What depends on `number`, the dropout masks, is drawn before a replay. `join`
+    has the current stream wait for what `passes` may have started beside it.
     """
 
-    def __init__(self, network: AlexNet, passes: Passes, join: Callable[[], None], exchange: Exchange | None):
-        self._passes, self._join, self._exchange = passes, join, exchange
+    def __init__(self, network: AlexNet, join: Callable[[], None], exchange: Exchange | None):
+        self._join, self._exchange = join, exchange
         self._dropouts = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.p]
         self._recording: Recording | None = None
-        self._stream = torch.cuda.Stream(next(network.parameters()).device)
+        # Of high priority: other streams are dealt out again and again, and RPC would be given the captured one.
+        self._stream = torch.cuda.Stream(next(network.parameters()).device, priority=-1)
         self._calls = 0
 
-    def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, passes: Passes, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self._calls += 1
         if self._calls <= EAGER_CALLS:
             with _on(self._stream):
-                return self._passes(pixels, labels, number)
+                return passes(pixels, labels, number)
         if self._recording is None:
-            self._record(pixels, labels, number)
+            self._record(passes, pixels, labels, number)
         if pixels.shape != self._pixels.shape:
             raise ValueError(f"a batch of shape {list(pixels.shape)} after those of {list(self._pixels.shape)}")
         self._pixels.copy_(pixels)
         self._labels.copy_(labels)
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.draw(mask, number)
-        self._recording.replay()
+        with record_function("replay"):
+            self._recording.replay()
         return tuple(output.clone() for output in self._outputs)
 
-    def _record(self, pixels: Tensor, labels: Tensor, number: int) -> None:
+    def _record(self, passes: Passes, pixels: Tensor, labels: Tensor, number: int) -> None:
         self._pixels, self._labels = pixels.clone(), labels.clone()  # in the same memory format
         self._masks = [torch.empty(len(pixels), dropout.neurons, device=pixels.device) for dropout in self._dropouts]
         for dropout, mask in zip(self._dropouts, self._masks):
@@ -60,9 +64,10 @@ class CapturedPasses:
         recording = Recording(self._exchange, self._join)
         gc.collect()  # what is left of earlier calls would have this one wait for them
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a graph's memory is its own
         try:
             with _on(self._stream), recording:
-                self._outputs = self._passes(self._pixels, self._labels, number)
+                self._outputs = passes(self._pixels, self._labels, number)
         finally:
             for dropout in self._dropouts:
                 dropout.drawn = None
@@ -73,7 +78,8 @@ class Recording:
     """What is queued on a GPU in a `with` statement, as graphs, and the swaps of `exchange` between them.
 
     The current stream must not be the default one. Nothing is computed or sent meanwhile; `replay` does it. What is
-    received lies in the same place every time.
+    sent and received lies in the same place every time. It is written to again a step later, when the peer's messages
+    that came since have shown that it was read.
     """
 
     def __init__(self, exchange: Exchange | None, join: Callable[[], None]):
@@ -83,6 +89,7 @@ class Recording:
         self._swaps = 0
         self._pool = None  # memory that the graphs share
 
+    @torch.no_grad()
     def replay(self) -> None:
         for part in self._parts:
             part()
@@ -125,7 +132,7 @@ class Recording:
             received.copy_(self._exchange.received(self._under_way.pop(swap.number)))
 
         self._parts.append(receive)
-        return received
+        return received.detach()  # autograd would take this tensor for its own, and what is written to it for a step
 
     def __enter__(self) -> Recording:
         if self._exchange is not None:
@@ -146,7 +153,9 @@ class Recording:
 
     def _close(self) -> None:
         self._join()
-        self._graph.capture_end()
+        with warnings.catch_warnings():  # one wait may follow another with nothing between
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+            self._graph.capture_end()
         self._pool = self._graph.pool()
         self._parts.append(self._graph.replay)
 

@@ -28,6 +28,11 @@ def compiled_kernels() -> ModuleType | None:
     return cpu_kernels
 
 
+def gpu_kernels_for(x: Tensor) -> ModuleType | None:
+    """Return model.gpu_kernels where x is on a GPU and of a type that they take."""
+    return gpu_kernels() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
 @functools.cache
 def gpu_kernels() -> ModuleType | None:
     """Return model.gpu_kernels, or None, with a warning, where there is no Triton or no C compiler for it."""

@@ -5,15 +5,17 @@ Shapes: N images, C channels, H x W places, K kernels.
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.compiled import gpu_kernels
+from model.compiled import gpu_kernels_for
 
-KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-INT32 = 2**31  # numbers that GPU kernels can tell apart
+INDICES = 2**31  # places that these kernels can tell apart
 
 
 class ImageConv2d(nn.Conv2d):
@@ -49,12 +51,13 @@ class ImageConv2d(nn.Conv2d):
 def space_to_depth(images: Tensor, stride: int, blocks: int) -> Tensor:
     """Return [N, stride stride C, blocks, blocks] of [N, C, H, W], zeros where no image is; in channels_last.
 
-    In the type of torch.autocast where that is on. Not differentiable.
+    In the type of torch.autocast where that is on. Not differentiable: ValueError for images that ask for a gradient.
     """
+    if images.requires_grad:
+        raise ValueError("images in blocks have no gradient")
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype
-    images = images.detach()
     shape = len(images), blocks, blocks, stride, stride, images.shape[1]
-    if images.is_cuda and images.dtype in KERNEL_TYPES and images.numel() < INT32 and (kernels := gpu_kernels()):
+    if math.prod(shape) < INDICES and (kernels := gpu_kernels_for(images)):
         found = images.new_empty(shape, dtype=dtype)
         kernels.space_to_depth(images.contiguous(memory_format=torch.channels_last), found, stride)
     else:
@@ -85,18 +88,19 @@ def without_groups(weight: Tensor, groups: int) -> Tensor:
 
 def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
     """Return max(x + bias, 0), x [N, C, H, W], bias [C]: on a GPU in one pass."""
-    if x.is_cuda and x.dtype in KERNEL_TYPES and x.numel() < INT32 and gpu_kernels():
-        return _BiasRelu.apply(x, bias)
+    if x.numel() < INDICES and (kernels := gpu_kernels_for(x)):
+        return _BiasRelu.apply(x, bias, kernels)
     return F.relu(x + bias[:, None, None].to(x.dtype))
 
 
 class _BiasRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor, kernels: ModuleType) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         y = torch.empty_like(x)
-        gpu_kernels().bias_relu(x, bias, y)
+        kernels.bias_relu(x, bias, y)
         ctx.save_for_backward(y)
+        ctx.kernels = kernels
         return y
 
     @staticmethod
@@ -104,4 +108,4 @@ class _BiasRelu(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (y,) = ctx.saved_tensors
         grad_x = torch.ops.aten.threshold_backward(grad.contiguous(memory_format=torch.channels_last), y, 0)
-        return grad_x, gpu_kernels().column_sums(grad_x)
+        return grad_x, ctx.kernels.column_sums(grad_x), None

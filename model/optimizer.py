@@ -50,6 +50,7 @@ class MomentumSGD(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._rounded: list[Tensor] = []
         self._settings: dict[int, Tensor] = {}  # of groups with rounded parameters: momentum, decay x rate, rate
+        self._told: dict[int, list[float]] = {}  # what was last written there
         self._beside: torch.cuda.Stream | None = None
         self._updating = False  # there
         for group in self.param_groups:
@@ -66,14 +67,14 @@ class MomentumSGD(torch.optim.Optimizer):
         rounded = parameter.detach().to(dtype).requires_grad_()
         self._rounded.append(rounded)
         if self._beside is None:
-            self._beside = torch.cuda.Stream(parameter.device)
+            self._beside = torch.cuda.Stream(parameter.device, priority=-1)  # as in model.captured
         if id(group) not in self._settings:
             self._settings[id(group)] = torch.zeros(3, device=parameter.device)
 
-        def update(_: Tensor) -> None:
+        def update(rounded: Tensor) -> None:
             self._beside.wait_stream(torch.cuda.current_stream(parameter.device))
             self._updating = True
-            with torch.no_grad(), torch.cuda.stream(self._beside):
+            with torch.cuda.stream(self._beside):
                 gpu_kernels().momentum_update(parameter, self.state[parameter]["velocity"], rounded.grad, rounded,
                                               self._settings[id(group)])
 
@@ -84,9 +85,9 @@ class MomentumSGD(torch.optim.Optimizer):
         """Tell the GPU the rates of this step."""
         for group in self.param_groups:
             settings = [group["momentum"], group["weight_decay"] * group["lr"], group["lr"]]
-            if id(group) in self._settings and group.get("told") != settings:
-                group["told"] = settings
-                self._settings[id(group)].copy_(torch.tensor(settings))
+            if id(group) in self._settings and self._told.get(id(group)) != settings:
+                self._told[id(group)] = settings
+                self._settings[id(group)].copy_(torch.tensor(settings).pin_memory(), non_blocking=True)
 
     def join(self) -> None:
         """Have the current stream wait for the updates that run beside it."""
@@ -108,6 +109,7 @@ class MomentumSGD(torch.optim.Optimizer):
                 # torch's fused rule is b <- momentum b + (1 - dampening) (g + decay w) ; w <- w - lr b: with these two
                 # settings b is our velocity. (1 - (1 + rate) is -rate to 1e-16, far below a weight's rounding.)
                 torch._fused_sgd_(
-                    parameters, [p.grad for p in parameters], [self.state[p]["velocity"] for p in parameters],
-                    weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=1 + group["lr"], lr=-1.0,
-                    nesterov=False, maximize=False, is_first_step=False)
+                    parameters, [p.grad.contiguous() for p in parameters],
+                    [self.state[p]["velocity"] for p in parameters], weight_decay=group["weight_decay"],
+                    momentum=group["momentum"], dampening=1 + group["lr"], lr=-1.0, nesterov=False, maximize=False,
+                    is_first_step=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.compiled import compiled_kernels, gpu_kernels, on_all_threads
+from model.compiled import compiled_kernels, gpu_kernels, gpu_kernels_for, on_all_threads
 
 CACHE_BLOCK_BYTES = 1 << 20
 
@@ -55,7 +55,7 @@ class LocalResponseNorm(nn.Module):
     def _kernel_for(self, x: Tensor, relu: bool) -> Kernel | None:
         if self.n > 5 or x.shape[1] % self.towers:
             return None
-        if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (gpu := gpu_kernels()):
+        if gpu := gpu_kernels_for(x):
             return gpu_kernel(gpu, self, relu)
         on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
         if on_cpu and self.beta == 0.75 and (cpu := compiled_kernels()):

@@ -25,6 +25,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, first_class: int = 0,
     return _SharedCrossEntropy.apply(logits, labels, first_class, exchange)
 
 
+def first_class(classes: int, exchange: Exchange | None = None) -> int:
+    """Return the first of all classes whose logit is of this process."""
+    return (classes + 1) // 2 if exchange is not None and exchange.tower else 0
+
+
 def probabilities(logits: Tensor, exchange: Exchange | None = None) -> Tensor:
     """Return this tower's part [N, K] of the softmax over the classes of both."""
     highest, total = _summary(logits)

@@ -20,7 +20,7 @@ class TrainingStep:
 
     pixels float32 [N, 3, 224, 224], labels int64 [N]; `number` is the step's, from which dropout is drawn. Where the
     network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there. With
-    `graphs`, on a GPU, steps are replayed from CUDA graphs, after a few that are not.
+    `graphs`, on a GPU, both passes are replayed from CUDA graphs, after a few steps that are not.
     """
 
     def __init__(self, network: AlexNet, optimizer: MomentumSGD, first_class: int = 0,
@@ -28,9 +28,7 @@ class TrainingStep:
         self.network, self.optimizer, self.first_class, self.exchange = network, optimizer, first_class, exchange
         device = next(network.parameters()).device
         self.loss_scale = LossScale(device) if network.mixed == torch.float16 else None
-        self._passes = self._both_passes
-        if graphs:
-            self._passes = CapturedPasses(network, self._both_passes, optimizer.join, exchange)
+        self._captured = CapturedPasses(network, optimizer.join, exchange) if graphs else None
         self._to_round: list[Linear] = []
         if device.type == "cuda" and network.mixed == torch.bfloat16 and gpu_kernels():
             self._to_round = [layer for layer in network.modules() if isinstance(layer, Linear)]
@@ -41,7 +39,10 @@ class TrainingStep:
             layer = self._to_round.pop()
             layer.rounded = self.optimizer.round(layer.weight, self.network.mixed)
         self.optimizer.prepare()
-        loss, right = self._passes(pixels, labels, number)
+        if self._captured is None:
+            loss, right = self._both_passes(pixels, labels, number)
+        else:
+            loss, right = self._captured(self._both_passes, pixels, labels, number)
         if self.loss_scale is None:
             self.optimizer.step()
         else:

@@ -37,7 +37,7 @@ class Graph:
 class Stream:
     device = None
 
-    def __init__(self, device=None):
+    def __init__(self, device=None, priority=0):
         pass
 
     def wait_stream(self, _):
@@ -68,7 +68,8 @@ class Transport(Exchange):
 def no_gpu_needed(monkeypatch):
     Graph.log = []
     for name, stand_in in (("CUDAGraph", Graph), ("Stream", Stream), ("current_stream", Stream),
-                           ("stream", lambda _: nullcontext()), ("synchronize", lambda: None)):
+                           ("stream", lambda _: nullcontext()), ("synchronize", lambda: None),
+                           ("empty_cache", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
@@ -122,9 +123,9 @@ def test_a_replay_is_given_the_batch_and_the_masks(monkeypatch):
         calls.append(number)
         return pixels.sum(), labels.sum()
 
-    captured = CapturedPasses(network, passes, lambda: None, None)
+    captured, given = CapturedPasses(network, lambda: None, None), []
     for number in range(EAGER_CALLS + 3):
-        captured(PIXELS + number, LABELS + number, number)
+        given.append(captured(passes, PIXELS + number, LABELS + number, number))
     assert calls == list(range(EAGER_CALLS + 1))  # the last of them recorded
     assert Graph.log.count("graph 0") == 3
     assert torch.equal(captured._pixels, PIXELS + number) and torch.equal(captured._labels, LABELS + number)
@@ -132,4 +133,24 @@ def test_a_replay_is_given_the_batch_and_the_masks(monkeypatch):
     for layer, mask in zip((drop6, drop7), captured._masks):
         assert torch.equal(mask, layer.draw(torch.empty_like(mask), number)) and layer.drawn is None
     with pytest.raises(ValueError, match="a batch of shape .1, 3, 224, 224. after those of .2, 3"):
-        captured(PIXELS[:1], LABELS[:1], 9)
+        captured(passes, PIXELS[:1], LABELS[:1], 9)
+    captured._outputs[0].fill_(9)  # as the next replay does
+    assert 9 not in [float(loss) for loss, _ in given]
+
+
+def test_replays_leave_autograd_alone():
+    """What is received is part of the recorded graph, which would grow by what is written there with every step."""
+    exchange = Transport()
+    step = step_of_a_tower(exchange)
+    captured = CapturedPasses(step.network, lambda: None, exchange)
+    for number in range(EAGER_CALLS + 1):
+        captured(step._both_passes, PIXELS, LABELS, number)
+    written = []
+    copy = torch.Tensor.copy_
+    torch.Tensor.copy_ = lambda self, other: written.append(self) or copy(self, other)
+    try:
+        captured(step._both_passes, PIXELS, LABELS, number + 1)
+    finally:
+        torch.Tensor.copy_ = copy
+    assert len(written) >= 2 + 9  # the batch, and every swap's
+    assert all(tensor.grad_fn is None and not tensor.requires_grad for tensor in written)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from launch.cli import cli
 from launch.errors import RunFailed
+from launch.profiling import RECORDED, SKIPPED
 from launch.run_folder import RunFolder
 from launch.runlog import read_log
 from launch.train import CONTROL_STEPS, Options, train
@@ -146,7 +147,7 @@ def test_two_processes_go_on_as_one_and_back(shards, finished, tmp_path):
 
 def test_a_trace_shows_the_parts_of_a_step(shards, tmp_path):
     run = tmp_path / "run"
-    Towers(shards, run, "--steps", 8, "--profile").check()
+    Towers(shards, run, "--steps", SKIPPED + RECORDED, "--profile").check()
     for tower in (0, 1):
         events = json.loads((run / f"trace-tower{tower}.json").read_text())["traceEvents"]
         names = collections.Counter(event["name"] for event in events if event.get("ph") == "X")
@@ -299,6 +300,8 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
     (3, [], "PROCESSES=3: the network has two towers, so 1 or 2"),
     (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),
     (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, paper, source, tiny"),
+    (1, ["--device", "cpu", "--graphs"], "--graphs is of GPUs: leave it out, or use --device cuda"),
+    (2, ["--device", "cpu", "--transport", "cuda-ipc"], "--transport cuda-ipc does not move cpu tensors: use rpc"),
     (2, ["--device", "gpu"], "--device gpu: there is cpu, cuda, and cuda:0, cuda:1, ..."),
     (2, ["--nonsense", "1"], "No such option.* See `alexnet train --help`."),
 ])  # fmt: skip

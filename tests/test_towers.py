@@ -62,4 +62,5 @@ def test_a_captured_tower_is_the_tower(torchrun, precision, transport):
     assert len(records) == 2 and records[0]["losses"] == records[1]["losses"]
     for record in records:
         assert record["losses"] == pytest.approx(record["expected"], rel=1e-4 if precision == "fp32" else 2e-2)
-        assert record["cosine"] > 0.999 and len(set(record["losses"])) == len(record["losses"])
+        assert record["cosine"] > (0.999 if precision == "fp32" else 0.9)
+        assert len(set(record["losses"])) == len(record["losses"])

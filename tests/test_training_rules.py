@@ -55,6 +55,8 @@ def test_single_precision_follows_the_rule():
     for rate in (0.01, 0.01, 0.001, 0.0):
         for single, double in zip(singles, doubles):
             single.grad = torch.randn(single.shape)
+            if single.dim() == 4:
+                single.grad = single.grad.contiguous(memory_format=torch.channels_last)
             double.grad = single.grad.double()
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate

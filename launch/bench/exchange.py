@@ -17,7 +17,8 @@ def exchange_speed(world: World, recipe: Recipe, repeats: int) -> dict:
     """Swap the activations that conv3 and the fully connected layers read, each by itself, with nothing to hide behind.
 
     `of_copy` is the time of copying as many bytes as one process receives, divided by the time of the swap: 1 is as
-    fast as memory. Every one is swapped twice in a step, the second time as its gradient.
+    fast as memory. On a GPU the copy is timed by its own clock, the swap by the host's, with all that launching takes.
+    Every one is swapped twice in a step, the second time as its gradient.
     """
     if world.size != 2:
         raise UserError("bench exchange needs two processes: python -m launch.torchrun --standalone "

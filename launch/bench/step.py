@@ -17,6 +17,7 @@ from launch.world import World
 from model.exchange import Exchange
 from model.optimizer import optimizer_of
 from model.recipe import Recipe
+from model.softmax import first_class
 from model.tower import build
 from model.training import TrainingStep
 
@@ -78,8 +79,7 @@ def our_step(world: World, recipe: Recipe, classes: int, exchange: Exchange | No
     network = build(recipe, classes, 0, exchange)
     network.mixed = MIXED.get(world.precision)
     network = network.to(world.device)
-    first_class = (classes + 1) // 2 if exchange is not None and exchange.tower else 0
-    return TrainingStep(network, optimizer_of(network, recipe), first_class, exchange, world.graphs)
+    return TrainingStep(network, optimizer_of(network, recipe), first_class(classes, exchange), exchange, world.graphs)
 
 
 def step_seconds(step: Callable[[int], object], number: int, device: torch.device) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.commands.options import FOLDER, PRECISIONS, Number, graphs_option, process_options
+from launch.commands.options import FOLDER, PRECISIONS, TRANSPORTS, Number, graphs_option, process_options
 from launch.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def bench_pair(recipe: str, classes: int, repeats: int, link_gb_s: float, latenc
 @RECIPE
 @click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
 @click.option("--precision", type=click.Choice(PRECISIONS))
-@click.option("--transport", default="rpc", show_default=True, help="Of the parts that take two processes.")
+@click.option("--transport", default="rpc", show_default=True, type=click.Choice(TRANSPORTS),
+              help="Of the parts that take two processes.")
 def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, device: str | None,
               precision: str | None, transport: str) -> None:
     """Measure everything into the folder OUT: JSON a part, and results.md.

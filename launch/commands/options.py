@@ -27,6 +27,7 @@ class Folder(Place):
 
 
 PLACE, FOLDER = Place(), Folder()
+TRANSPORTS = ["rpc", "rpc-staged", "cuda-ipc", "gloo", "nccl"]
 PRECISIONS = ["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -45,9 +46,9 @@ def process_options(command):
     for option in reversed((
         click.option("--device", default=None, help="cpu, cuda or cuda:N; default: cuda where there is one."),
         click.option("--transport", default="rpc", show_default=True,
-                     type=click.Choice(["rpc", "rpc-staged", "cuda-ipc", "gloo", "nccl"]),
-                     help="How two towers exchange; rpc-staged: RPC through the CPU's memory; cuda-ipc: the fastest on "
-                          "the GPUs of one host."),
+                     type=click.Choice(TRANSPORTS),
+                     help="How two towers exchange; rpc-staged: RPC through the CPU's memory; cuda-ipc: through GPU "
+                          "memory that both processes of one host map."),
         click.option("--precision", type=click.Choice(PRECISIONS),
                      help="Of convolutions and products; default: fp32 on a CPU, tf32 on a GPU."),
         click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=Number(1, 86400),
@@ -61,8 +62,8 @@ def process_options(command):
 
 def graphs_option(command):
     """How training steps are sent to a GPU; beside `process_options`."""
-    return click.option("--graphs/--no-graphs", default=None, help="Replay steps from CUDA graphs; default: on a GPU, "
-                        "where one process trains the whole network.")(command)
+    return click.option("--graphs/--no-graphs", default=None, help="Replay both passes of a step from CUDA "
+                        "graphs; default: on a GPU, where one process trains the whole network.")(command)
 
 
 def cache_option(command):

@@ -2,7 +2,7 @@
 
 `swap` and `begin` move values; `start` and `finish` are the differentiable pair around them. Every
 message is a swap: both towers send a tensor of the same shape at the same point of the program, forward
-as well as backward. Transports (rpc, collectives, local) only say how `begin` moves bytes.
+as well as backward. Transports (rpc, cuda_ipc, collectives, local) only say how `begin` moves bytes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Pending(Protocol):
 class Recorder(Protocol):
     """Takes swaps down in place of doing them (model.captured)."""
 
-    def begin(self, x: Tensor, name: str) -> Pending: ...
+    def begin(self, x: Tensor, name: str) -> object: ...
 
-    def wait(self, pending: Pending) -> Tensor: ...
+    def wait(self, begun: object) -> Tensor: ...
 
     def swap(self, x: Tensor, name: str) -> Tensor: ...
 
@@ -46,7 +46,9 @@ class Exchange(ABC):
 
     @abstractmethod
     def begin(self, x: Tensor, name: str) -> Pending:
-        """Send x, which must not be written to afterwards, and ask for the peer's tensor of the same shape.
+        """Send x and ask for the peer's tensor of the same shape.
+
+        x must not be written to before a message has come that the peer sent after it had received x.
 
         `name` says what is swapped; the peer must be swapping the same.
         """

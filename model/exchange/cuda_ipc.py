@@ -57,38 +57,42 @@ class _Slot:
 
     def __init__(self, exchange: CudaIpcExchange, x: Tensor, name: str):
         self.uses = 0
-        device, store = exchange._device, exchange._store
-        self.inbox = torch.empty(BUFFERS, *x.shape, dtype=x.dtype, device=device)
+        self.inbox = torch.empty(BUFFERS, *x.shape, dtype=x.dtype, device=exchange._device)
+        about = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
+        try:
+            mine = about | self._shared()
+        except RuntimeError as error:
+            mine = about | {"failed": reason(error)}
+        theirs = _swapped(exchange, mine, name)
+        if any(theirs[key] != value for key, value in about.items()):
+            raise PeerError(f"the towers are out of step: this one is at {name}, the other at {theirs['name']}")
+        try:
+            for told in (mine, theirs):
+                if "failed" in told:
+                    raise RuntimeError(told["failed"])
+            self._map(theirs)
+        except RuntimeError as error:
+            raise PeerError(f"GPU memory cannot be shared between the processes here ({reason(error)}); use "
+                            "--transport rpc") from None
+
+    def _shared(self) -> dict:
+        """Return what the peer needs to write to the inbox and to know when it has been written to."""
         self.sent = [torch.cuda.Event(interprocess=True) for _ in range(BUFFERS)]
-        # Memory that was just freed and given to the inbox may still be read by what is queued.
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(self.inbox.device)  # this memory may have been another's, which is still being read
         for event in self.sent:
             event.record()  # creates it
-        number = len(exchange._slots)
-        mine, theirs = (f"slot/{number}/{tower}" for tower in (exchange.tower, 1 - exchange.tower))
-        shared = [field.hex() if isinstance(field, bytes) else field
-                  for field in self.inbox.untyped_storage()._share_cuda_()]
-        store.set(mine, json.dumps({"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "storage": shared,
-                                    "offset": self.inbox.storage_offset(),
-                                    "events": [event.ipc_handle().hex() for event in self.sent]}))
-        try:
-            store.wait([theirs], timedelta(seconds=exchange._timeout_s))
-        except RuntimeError as error:
-            raise PeerError(f"the other tower died, or sent nothing for {exchange._timeout_s:g} s (waiting for {name}: "
-                            f"{reason(error)})") from None
-        told = json.loads(store.get(theirs))
-        if (told["name"], told["shape"], told["dtype"]) != (name, list(x.shape), str(x.dtype)):
-            raise PeerError(f"the towers are out of step: this one is at {name}, the other at {told['name']}")
-        try:
-            storage = torch.UntypedStorage._new_shared_cuda(
-                *(bytes.fromhex(field) if isinstance(field, str) else field for field in told["storage"]))
-            self.outbox = torch.empty(0, dtype=x.dtype, device=storage.device).set_(
-                storage, told["offset"], self.inbox.shape, self.inbox.stride())
-            self.received = [torch.cuda.Event.from_ipc_handle(device, bytes.fromhex(handle))
-                             for handle in told["events"]]
-        except RuntimeError as error:
-            raise PeerError(f"this process cannot map the other's GPU memory ({reason(error)}); use --transport "
-                            "rpc") from None
+        storage = [field.hex() if isinstance(field, bytes) else field
+                   for field in self.inbox.untyped_storage()._share_cuda_()]
+        return {"storage": storage, "offset": self.inbox.storage_offset(),
+                "events": [event.ipc_handle().hex() for event in self.sent]}
+
+    def _map(self, theirs: dict) -> None:
+        storage = torch.UntypedStorage._new_shared_cuda(
+            *(bytes.fromhex(field) if isinstance(field, str) else field for field in theirs["storage"]))
+        self.outbox = torch.empty(0, dtype=self.inbox.dtype, device=storage.device).set_(
+            storage, theirs["offset"], self.inbox.shape, self.inbox.stride())
+        self.received = [torch.cuda.Event.from_ipc_handle(self.inbox.device, bytes.fromhex(handle))
+                         for handle in theirs["events"]]
 
     def send(self, x: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Queue the copy; return where the peer's tensor will be, and the event after which it is."""
@@ -96,6 +100,19 @@ class _Slot:
         self.outbox[buffer].copy_(x)
         self.sent[buffer].record()
         return self.inbox[buffer], self.received[buffer]
+
+
+def _swapped(exchange: CudaIpcExchange, mine: dict, name: str) -> dict:
+    """Give `mine` to the peer through the store and return the peer's."""
+    store, limit = exchange._store, timedelta(seconds=exchange._timeout_s)
+    keys = [f"slot/{len(exchange._slots)}/{tower}" for tower in (exchange.tower, 1 - exchange.tower)]
+    store.set(keys[0], json.dumps(mine))
+    try:
+        store.wait([keys[1]], limit)
+    except RuntimeError as error:
+        raise PeerError(f"the other tower died, or sent nothing for {exchange._timeout_s:g} s (waiting for {name}: "
+                        f"{reason(error)})") from None
+    return json.loads(store.get(keys[1]))
 
 
 class _Message:

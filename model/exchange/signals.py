@@ -41,7 +41,7 @@ class Signals:
                 store.set("signals opened", "")
             store.wait([f"pid/{1 - rank}"], timedelta(seconds=timeout_s))
             self._peer = os.pidfd_open(int(store.get(f"pid/{1 - rank}")))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, AttributeError) as error:  # a Python may lack pidfd_open
             raise PeerError(f"no connection to the other tower ({reason(error)})") from None
         words = np.frombuffer(memory, np.int64).reshape(2, 1 + RING)  # of each process: the last number, then names
         self._mine, self._theirs = words[rank], words[1 - rank]
@@ -59,8 +59,8 @@ class Signals:
             looks += 1
             if looks < EAGER_LOOKS:
                 continue
-            if looks % 100 == 0 and self._theirs[0] < number:
-                if self._alive.poll(0):
+            if looks % 100 == 0:
+                if self._alive.poll(0) and self._theirs[0] < number:  # it may have sent and ended since the last look
                     raise PeerError(f"the other tower died (waiting for {name})")
                 if time.monotonic() > deadline:
                     raise PeerError(f"the other tower sent nothing for {self._timeout_s:g} s (waiting for {name}): it "

@@ -16,7 +16,7 @@ from launch.world import join_world
 from model.optimizer import optimizer_of, set_rates
 from model.recipe import recipe_named
 from model.schedule import Moment, Progress
-from model.softmax import cross_entropy
+from model.softmax import cross_entropy, first_class
 from model.tower import build
 
 EPOCHS = (0, 30, 40, 70, 80)  # of the steps: rates change between them
@@ -50,7 +50,7 @@ def main(recipe, dropout, dtype, classes, batch, transport, device):
                 set_rates(optimizer, recipe, Moment(step, len(EPOCHS), epoch, Progress(drops=step)))
             loss, right = cross_entropy(whole(images, step), labels)
             loss.backward()
-            tower_loss, tower_right = cross_entropy(tower(images, step), labels, world.first_class(classes),
+            tower_loss, tower_right = cross_entropy(tower(images, step), labels, first_class(classes, world.exchange),
                                                     world.exchange)
             tower_loss.backward()
             assert int(right) == int(tower_right)
