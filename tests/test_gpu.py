@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.precision import choose_precision
 from model import convolutions, response_norm
 from model.ablations import ABLATIONS, ablated
 from model.convolutions import GroupedConv2d, ImageConv2d, bias_relu
@@ -234,10 +235,9 @@ RECIPES_ON_A_GPU = [*RECIPES.values(), *(ablated(TINY, name) for name in ABLATIO
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", RECIPES_ON_A_GPU, ids=lambda recipe: recipe.name)
-def test_the_network_on_a_gpu_is_the_cpus_in_double_precision(recipe, monkeypatch):
+def test_the_network_on_a_gpu_is_the_cpus_in_double_precision(recipe):
     """Fused kernels and all: logits and every gradient, in single precision."""
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)
+    choose_precision("fp32", torch.device("cuda"))
     recipe = replace(recipe, dropout=0.0)
     network = build(recipe, 10, seed=3)
     with torch.no_grad():
