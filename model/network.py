@@ -117,7 +117,7 @@ class AlexNet(nn.Module):
         return self.drop7(self.activate(self.fc7(x)), step)  # 4096; reads both
 
     def _normalised_and_pooled(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """Return pool(lrn(activate(conv(x)))): on a GPU all but the convolution in one pass."""
+        """Return pool(lrn(activate(conv(x)))): where a GPU has a kernel for it, all but conv in one pass."""
         if self.activate is F.relu and isinstance(self.lrn, LocalResponseNorm) and x.is_cuda:
             return self.lrn.pooled(conv(x, biased=False), conv.bias, self.pool)
         return self.pool(self._normalised(conv(x)))
