@@ -82,6 +82,9 @@ def main() -> None:
             # Most likely rank 0 fails of the same, or the other tower failed first and has told why:
             # torchrun ends this process while it waits, and what went wrong is told once.
             time.sleep(5)
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            click.echo(error.ctx.get_help(), err=True)
+            sys.exit(error.exit_code)
         if isinstance(error, click.UsageError):
             where = error.ctx.command_path if error.ctx else "alexnet"
             error = _Failure(f"{error.format_message()} See `{where} --help`.", error.exit_code)
@@ -93,9 +96,9 @@ def main() -> None:
     except Exception:  # a bug of ours
         traceback.print_exc()
         code = 1
-    distributed = sys.modules.get("torch.distributed")
-    if code and distributed and distributed.is_initialized():
-        # The peer may be dead or hang: RPC's and gloo's threads, which wait for it, are not to be joined.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # After an error the peer may be dead or hang: RPC's and gloo's threads, which wait for it, are not to be
+        # joined. After none all is closed, and profiled processes have crashed where Python unloads DALI.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

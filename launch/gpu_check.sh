@@ -30,7 +30,7 @@ print(json.dumps({"commit": facts.commit(), "versions": facts.versions(), "cuda"
                   "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}))'
 }
 tests() {  # those marked gpu: DALI's decoding on the GPU, and two processes on as many GPUs as there are
-    "$python" -m pytest -m gpu -rs -p no:cacheprovider tests
+    "$python" -m pytest -m gpu -rs -p no:cacheprovider $(grep -l '^@pytest.mark.gpu' tests/test_*.py)
 }
 train() {  # two processes, then one
     local options=(--recipe "$recipe" --precision "$precision" --device "$device" --transport "$transport")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from launch.figures.drawing import figure
 from launch.runlog import of_the_run
@@ -27,5 +27,7 @@ def draw_curves(records: list[dict]) -> Figure:
         errors.legend(fontsize=8)
     rate.plot(at, [record["rate"] for record in steps])
     rate.set(ylabel="learning rate", xlabel="epoch", yscale="log")
+    rate.yaxis.set_major_formatter("{x:g}")  # powers of ten would be formulas, which pictures here do not have
+    rate.yaxis.set_minor_formatter(NullFormatter())
     rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     return drawing

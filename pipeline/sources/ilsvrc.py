@@ -39,7 +39,8 @@ class Ilsvrc:
         names = (self.train, self.val, self.devkit)
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise DataError(f"{path}: {' and '.join(missing)} missing: put it beside the others")
+            them = "them" if len(missing) > 1 else "it"
+            raise DataError(f"{path}: {' and '.join(missing)} missing: put {them} beside the others")
         self.path = self.root = path
         self.archives = tuple(path / name for name in names)
         self._kit = read_devkit(path / self.devkit, self.year)
