@@ -16,6 +16,7 @@ import click
 
 from launch import __version__
 from launch.commands import ablations, benchmarks, data, pictures, recipes, report, training, weights
+from launch.environment import die_with_torchrun
 
 # Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -67,6 +68,7 @@ for command in (
 
 
 def main() -> None:
+    die_with_torchrun()  # at once: torch and DALI take seconds to import, in which torchrun may be killed
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))

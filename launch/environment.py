@@ -10,6 +10,9 @@ import signal
 from launch.errors import UserError
 
 
+LAUNCHER = "ALEXNET_LAUNCHER"  # launch.torchrun's process: a worker whose parent is another has lost it
+
+
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -62,5 +65,6 @@ def die_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    die_with_parent()
+    launcher = os.environ.get(LAUNCHER, "")
+    die_with_parent(int(launcher) if launcher.isdecimal() else None)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -14,8 +15,11 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from launch.environment import LAUNCHER
+
 
 def main() -> None:
+    os.environ[LAUNCHER] = str(os.getpid())
     logging.disable(logging.CRITICAL)  # torchrun's agent would add lines of its own to those of the workers
     try:
         with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:  # torchrun's own would be left behind

@@ -353,6 +353,21 @@ def by_hand(shards, tmp_path):
         process.communicate()
 
 
+def children_of(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_workers_end_with_a_launcher_that_is_killed_while_they_start(shards, tmp_path):
+    """They learn of it before they import torch, which takes seconds, or as soon as they ask who their parent is."""
+    towers = Towers(shards, tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while len(workers := children_of(towers.process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    towers.process.kill()
+    assert len(workers) == 2
+    towers.output(timeout_s=30)  # ends when nobody holds the pipe any more
+
+
 def wait_for_steps(run: Path) -> None:
     deadline = time.monotonic() + 90
     while not (run / "log.jsonl").exists() or '"steps"' not in (run / "log.jsonl").read_text():
