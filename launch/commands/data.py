@@ -96,7 +96,7 @@ def preprocess(source: Path, out: str, store: str, seed: int, hold_out: float, s
     Parquet files, WebDataset tars, or class folders train/WNID/* and val/WNID/*; `alexnet inspect` tells. OUT: a
     folder, or a place in an object store, like s3://bucket/folder.
     """
-    from launch.environment import die_with_torchrun, local_size, rank_and_size, usable_cores
+    from launch.environment import local_size, rank_and_size, usable_cores
     from launch.progress import TaskBars
     from pipeline.manifest import REJECTED_NAME
     from pipeline.packing.agreement import Share
@@ -106,7 +106,6 @@ def preprocess(source: Path, out: str, store: str, seed: int, hold_out: float, s
     from pipeline.storage import open_storage
 
     share = Share(*rank_and_size())
-    die_with_torchrun()
     storage = open_storage(out)
     found = open_source(source)
     with TaskBars(shown=share.rank == 0) as bars:
