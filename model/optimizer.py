@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -111,5 +113,6 @@ class MomentumSGD(torch.optim.Optimizer):
                 torch._fused_sgd_(
                     parameters, [p.grad.contiguous() for p in parameters],
                     [self.state[p]["velocity"] for p in parameters], weight_decay=group["weight_decay"],
-                    momentum=group["momentum"], dampening=1 + group["lr"], lr=-1.0, nesterov=False, maximize=False,
+                    momentum=group["momentum"] or sys.float_info.min,  # of 0 torch would have no velocities at all
+                    dampening=1 + group["lr"], lr=-1.0, nesterov=False, maximize=False,
                     is_first_step=False)

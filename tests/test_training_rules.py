@@ -32,6 +32,18 @@ def test_update_rule_over_a_change_of_rate():
         torch.testing.assert_close(parameter.tolist(), w, rtol=1e-14, atol=1e-16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update_rule_without_momentum(dtype):
+    parameter = torch.tensor([1.5, -2.0], dtype=dtype, requires_grad=True)
+    optimizer = MomentumSGD([parameter], lr=0.01, momentum=0.0, weight_decay=0.0005)
+    w = [1.5, -2.0]
+    for gradient in ([0.5, -4.0], [1.0, 0.0], [0.0, 2.0]):
+        w = [weight - 0.01 * (g + 0.0005 * weight) for weight, g in zip(w, gradient)]
+        parameter.grad = torch.tensor(gradient, dtype=dtype)
+        optimizer.step()
+        torch.testing.assert_close(parameter.tolist(), w, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+
+
 def test_update_rule_is_not_torchs_after_a_change_of_rate():
     ours, theirs = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizers = (MomentumSGD([ours], lr=0.01), torch.optim.SGD([theirs], lr=0.01, momentum=0.9, weight_decay=0.0005))
@@ -47,11 +59,12 @@ def test_update_rule_is_not_torchs_after_a_change_of_rate():
     assert (ours - theirs).abs().item() > 0.01
 
 
-def test_single_precision_follows_the_rule():
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_single_precision_follows_the_rule(momentum):
     shapes = (1001, 37), (5,), (8, 3, 11, 11)
     singles = [torch.randn(shape, requires_grad=True) for shape in shapes]
     doubles = [single.detach().double().requires_grad_() for single in singles]
-    optimizers = [MomentumSGD(parameters, lr=0.01) for parameters in (singles, doubles)]
+    optimizers = [MomentumSGD(parameters, lr=0.01, momentum=momentum) for parameters in (singles, doubles)]
     for rate in (0.01, 0.01, 0.001, 0.0):
         for single, double in zip(singles, doubles):
             single.grad = torch.randn(single.shape)
