@@ -131,8 +131,8 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
                precision: str | None = None, graphs: bool | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
-    `graphs` is whether to replay training steps from CUDA graphs; None: on a GPU, for the whole network. UserError for
-    more than two processes, or a device, transport or precision that is not to be had here.
+    `graphs` is whether to replay training steps from CUDA graphs; None: on a GPU, unless RPC would have to swap between
+    them. UserError for more than two processes, or a device, transport or precision that is not to be had here.
     """
     rank, size = rank_and_size()
     if size > 2:
@@ -151,8 +151,10 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     precision = choose_precision(precision, chosen)
     if graphs and chosen.type == "cpu":
         raise UserError("--graphs is of GPUs: leave it out, or use --device cuda")
+    if graphs is None:
+        graphs = chosen.type == "cuda" and (size == 1 or transport == "cuda-ipc")
     world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s),
-                  precision=precision, graphs=chosen.type == "cuda" and (size == 1 if graphs is None else graphs))
+                  precision=precision, graphs=graphs)
     yield world
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
     if world.exchange is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,16 +37,27 @@ class Event:
     def record(self) -> None:
         self.records += 1
 
-
-class Stream:
-    def wait_event(self, event: Event) -> None:
-        event.waits += 1
-        assert event.records > event.waits  # the first record made the event
+    def wait(self) -> None:
+        self.waits += 1
+        assert self.records > self.waits  # the first record made the event
 
 
-@pytest.fixture
-def shared_memory(monkeypatch):
+class StreamOfTwoGpus:
+    wait_event = staticmethod(Event.wait)
+
+
+class StreamOfOneGpu:
+    """Event.synchronize is called in place of wait_event, which is not there."""
+
+
+@pytest.fixture(params=[1, 2], ids=["one GPU", "two GPUs"])
+def shared_memory(request, monkeypatch):
     storages: list[torch.UntypedStorage] = []
+    gpus, stream = itertools.count(), StreamOfOneGpu
+    if request.param == 1:
+        monkeypatch.setattr(Event, "synchronize", Event.wait, raising=False)
+    else:
+        stream = StreamOfTwoGpus
 
     def share(storage):
         storages.append(storage)
@@ -55,7 +68,8 @@ def shared_memory(monkeypatch):
                         staticmethod(lambda device, handle, size: storages[int.from_bytes(handle, "big") - 1]),
                         raising=False)
     for name, stand_in in (("Event", Event), ("synchronize", lambda device: None),
-                           ("current_stream", lambda device: Stream())):
+                           ("current_stream", lambda device: stream()),
+                           ("get_device_properties", lambda device: SimpleNamespace(uuid=next(gpus) % request.param))):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return storages
 

@@ -63,7 +63,7 @@ def process_options(command):
 def graphs_option(command):
     """How training steps are sent to a GPU; beside `process_options`."""
     return click.option("--graphs/--no-graphs", default=None, help="Replay both passes of a step from CUDA "
-                        "graphs; default: on a GPU, where one process trains the whole network.")(command)
+                        "graphs; default: on a GPU, for one process, and for two with --transport cuda-ipc.")(command)
 
 
 def cache_option(command):

@@ -30,6 +30,10 @@ class CudaIpcExchange(Exchange):
         super().__init__(tower)
         self._store, self._device, self._timeout_s = store, device, timeout_s
         self._signals = Signals(store, tower, timeout_s)
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        # Two processes have a GPU in turn. One whose stream waits for the other's event would keep it for its whole
+        # turn, some 2 ms, with nothing to do; so there the host waits, and nothing is queued meanwhile.
+        self._one_gpu = _swapped(self, {"gpu": gpu}, "gpu")["gpu"] == gpu
         self._slots: dict[tuple, _Slot] = {}
         self._begun = 0
 
@@ -63,7 +67,7 @@ class _Slot:
             mine = about | self._shared()
         except RuntimeError as error:
             mine = about | {"failed": reason(error)}
-        theirs = _swapped(exchange, mine, name)
+        theirs = _swapped(exchange, mine, f"slot/{len(exchange._slots)}")
         if any(theirs[key] != value for key, value in about.items()):
             raise PeerError(f"the towers are out of step: this one is at {name}, the other at {theirs['name']}")
         try:
@@ -102,15 +106,15 @@ class _Slot:
         return self.inbox[buffer], self.received[buffer]
 
 
-def _swapped(exchange: CudaIpcExchange, mine: dict, name: str) -> dict:
+def _swapped(exchange: CudaIpcExchange, mine: dict, key: str) -> dict:
     """Give `mine` to the peer through the store and return the peer's."""
     store, limit = exchange._store, timedelta(seconds=exchange._timeout_s)
-    keys = [f"slot/{len(exchange._slots)}/{tower}" for tower in (exchange.tower, 1 - exchange.tower)]
+    keys = [f"{key}/{tower}" for tower in (exchange.tower, 1 - exchange.tower)]
     store.set(keys[0], json.dumps(mine))
     try:
         store.wait([keys[1]], limit)
     except RuntimeError as error:
-        raise PeerError(f"the other tower died, or sent nothing for {exchange._timeout_s:g} s (waiting for {name}: "
+        raise PeerError(f"the other tower died, or sent nothing for {exchange._timeout_s:g} s (waiting for {key}: "
                         f"{reason(error)})") from None
     return json.loads(store.get(keys[1]))
 
@@ -121,5 +125,8 @@ class _Message:
 
     def wait(self) -> Tensor:
         self.exchange._signals.wait(self.number, self.name)
-        torch.cuda.current_stream(self.exchange._device).wait_event(self.written)
+        if self.exchange._one_gpu:
+            self.written.synchronize()
+        else:
+            torch.cuda.current_stream(self.exchange._device).wait_event(self.written)
         return from_wire(self.received)
