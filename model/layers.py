@@ -77,15 +77,26 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W' + b for x [N, F], weight [K, F], bias [K].
+    """Return x W' + b for x [N, F], weight [K, F], bias [K]."""
+    if _onednn_takes(x, weight):
+        return _OneDnnLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the same, without gradients; any strides.
 
     In single precision on the CPU by oneDNN, as torch's convolutions and bfloat16 products are: on AMD's processors
     twice as fast as MKL, which torch has for this.
     """
-    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() and _onednn_linear()
-            and not torch.is_autocast_enabled("cpu")):
-        return _OneDnnLinear.apply(x, weight, bias)
+    if _onednn_takes(x, weight):
+        return _onednn_linear()(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    return bool(x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
+                and _onednn_linear() and not torch.is_autocast_enabled("cpu"))
 
 
 @functools.cache
@@ -101,17 +112,13 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()  # of other strides oneDNN takes a hundred times as long
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        return (_product(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-                _product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None,
+        return (product(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+                product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None,
                 grad.sum(0) if ctx.needs_input_grad[2] else None)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _onednn_linear()(x, weight, bias, "none", [], "")

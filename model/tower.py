@@ -1,82 +1,21 @@
-"""One of the two towers: rows [t n/2, (t+1) n/2) of every parameter of the whole network.
-
-A tower is the whole network with half of each layer's kernels. Where figure 2 joins the towers (conv3
-and the fully connected layers) it computes the product with its own half of the input while the
-peer's half is on its way.
-"""
+"""One of the two towers: rows [t n/2, (t+1) n/2) of every parameter of the whole network."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from model.convolutions import GroupedConv2d, ImageConv2d
 from model.exchange import Exchange
-from model.layers import Linear, linear
+from model.joined import JoinedConv2d, JoinedLinear, JoinedResponseNorm
 from model.network import IMAGE_SIDE, AlexNet, convolutions, initialise
 from model.recipe import Recipe
-from model.response_norm import LocalResponseNorm
-
-
-class JoinedConv2d(nn.Conv2d):
-    """A convolution that reads both towers: x [N, C, H, W] of the own one, weight [K, 2 C, h, w]."""
-
-    def __init__(self, maps: int, kernels: int, size: int, stride: int, padding: int, exchange: Exchange, name: str):
-        super().__init__(maps, kernels, size, stride, padding)
-        self.exchange, self.name = exchange, name
-
-    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
-        own, peer = _columns(self.weight, self.exchange.tower)
-        x, pending = self.exchange.start(x, self.name)
-        y = F.conv2d(x, own, self.bias if biased else None, self.stride, self.padding)
-        return y + F.conv2d(self.exchange.finish(pending), peer, None, self.stride, self.padding)
-
-
-class JoinedLinear(Linear):
-    """A matrix product that reads both towers: x [N, F] of the own one, weight [K, 2 F]."""
-
-    def __init__(self, neurons: int, outputs: int, exchange: Exchange, name: str):
-        super().__init__(neurons, outputs)
-        self.exchange, self.name = exchange, name
-
-    def forward(self, x: Tensor) -> Tensor:
-        own, peer = _columns(self.factor, self.exchange.tower)
-        x, pending = self.exchange.start(x, self.name)
-        y = linear(x, own, self.bias)
-        return y + linear(self.exchange.finish(pending), peer)
-
-
-class JoinedResponseNorm(nn.Module):
-    """Response normalisation of the own half of the maps, x [N, C, H, W], whose windows reach into the peer's half."""
-
-    def __init__(self, norm: LocalResponseNorm, exchange: Exchange):
-        super().__init__()
-        self.norm, self.exchange = norm, exchange
-
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        reach, maps = self.norm.n // 2, x.shape[1]
-        if self.exchange.tower == 0:
-            inner, edge = x.split([maps - reach, reach], 1)
-        else:
-            edge, inner = x.split([reach, maps - reach], 1)
-        edge, pending = self.exchange.start(edge, "edge of a window")
-        peer = self.exchange.finish(pending)
-        if self.exchange.tower == 0:
-            return self.norm(torch.cat([inner, edge, peer], 1), relu)[:, :maps]
-        return self.norm(torch.cat([peer, edge, inner], 1), relu)[:, reach:]
-
-
-def _columns(weight: Tensor, tower: int) -> tuple[Tensor, Tensor]:
-    """Views of the columns that read the own tower and of those that read the peer."""
-    halves = weight.chunk(2, dim=1)
-    return halves[tower], halves[1 - tower]
 
 
 class Tower(AlexNet):
     """Tower `exchange.tower` of AlexNet: `forward(images, step)` -> logits [N, its half of the classes].
 
-    Of an odd number of classes tower 0 holds one more.
+    The whole network with half of each layer's kernels; of an odd number of classes tower 0 holds one more.
     """
 
     def __init__(self, recipe: Recipe, classes: int, exchange: Exchange, seed: int = 0):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
-import weakref
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.errors import PeerError
-from model.exchange.local import EchoExchange, local_pair
+from model.exchange.local import local_pair
 from model.exchange.mailbox import Mailbox
+from model.joined import JoinedConv2d, JoinedLinear, _Swap
 from model.softmax import cross_entropy, probabilities, rank_of_label
-from model.tower import JoinedConv2d, JoinedLinear
 
 
 def on_two_threads(work):
@@ -62,28 +60,50 @@ def as_one_function(tower_function):
     return Both.apply
 
 
-def test_exchange_gradient():
+def test_gradient_of_a_swap():
     def tower(x, exchange):
-        x, pending = exchange.start(x, "test")
-        own = (x * (exchange.tower + 2)).sin()
-        return own * exchange.finish(pending) ** 3
+        x, peer = _Swap.apply(x, exchange, "test")
+        return (x * (exchange.tower + 2)).sin() * peer**3
 
     inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in (0, 1)]
     assert torch.autograd.gradcheck(as_one_function(tower), inputs)
 
 
-def test_a_swap_leaves_nothing_behind():
-    """Not even for the garbage collector: what a node holds is as large as a batch's activations."""
-    exchange, x = EchoExchange(0), torch.randn(3, requires_grad=True)
-    gc.disable()
-    try:
-        own, token = exchange.start(x, "test")
-        (own * exchange.finish(token)).sum().backward()
-        left = weakref.ref(token)
-        del own, token
-        assert left() is None
-    finally:
-        gc.enable()
+JOINED = {
+    "linear": (lambda exchange: JoinedLinear(12, 4, exchange, "layer"), (2, 6)),
+    "convolution": (lambda exchange: JoinedConv2d(6, 4, 3, 1, 1, exchange, "layer"), (2, 3, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_joined_layers_are_one_layer_on_both_halves(kind, dtype, tolerance):
+    """Outputs, and the gradients of inputs, weights and biases; in bfloat16 by torch.autocast."""
+    build, shape = JOINED[kind]
+    exchanges, kept = local_pair(), torch.float64 if dtype == torch.float64 else torch.float32
+    layers = [build(exchange).to(kept) for exchange in exchanges]
+    inputs = [torch.randn(shape, dtype=kept, requires_grad=True) for _ in layers]
+    grad = torch.randn_like(F.conv2d(torch.cat(inputs, 1), layers[0].weight, padding=1) if kind == "convolution"
+                            else torch.cat(inputs, 1) @ layers[0].weight.t())
+    outputs = [None, None]
+
+    def tower(t):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            outputs[t] = layers[t](inputs[t])
+        outputs[t].backward(grad.to(dtype) * (t + 1))
+
+    on_two_threads(tower)
+    both = torch.cat(inputs, 1).detach().double().requires_grad_()
+    for t, layer in enumerate(layers):
+        weight, bias = (parameter.detach().double().requires_grad_() for parameter in (layer.weight, layer.bias))
+        expected = F.conv2d(both, weight, bias, padding=1) if kind == "convolution" else F.linear(both, weight, bias)
+        expected.backward(grad.double() * (t + 1))
+        assert outputs[t].dtype == dtype
+        for found, right in ((outputs[t], expected), (layer.weight.grad, weight.grad), (layer.bias.grad, bias.grad)):
+            torch.testing.assert_close(found.detach().double(), right.detach(), rtol=tolerance,
+                                       atol=tolerance * float(right.detach().abs().max()))
+    torch.testing.assert_close(torch.cat([x.grad for x in inputs], 1).double(), both.grad, rtol=tolerance,
+                               atol=tolerance * float(both.grad.abs().max()))
 
 
 class Recorder(TorchDispatchMode):
@@ -91,9 +111,9 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, exchange):
         super().__init__()
-        self.events, begin, wait = [], exchange.begin, exchange._wait
+        self.events, begin, received = [], exchange.begin, exchange.received
         exchange.begin = lambda x, name: self.events.append(f"send {name}") or begin(x, name)
-        exchange._wait = lambda pending: self.events.append("wait") or wait(pending)
+        exchange.received = lambda pending: self.events.append("wait") or received(pending)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.overloadpacket.__name__ in (
@@ -102,25 +122,21 @@ class Recorder(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("layer, shape, backward_products", [
-    (lambda exchange: JoinedLinear(12, 4, exchange, "layer"), (2, 6), 2),  # gradients of input and of weight
-    (lambda exchange: JoinedConv2d(6, 4, 3, 1, 1, exchange, "layer"), (2, 3, 5, 5), 1),  # both in one operation
-])  # fmt: skip
-def test_transfers_are_hidden_behind_products(layer, shape, backward_products):
-    """The own half is computed while the peer's is on its way, forward and backward."""
+@pytest.mark.parametrize("kind", JOINED)
+def test_gradients_travel_while_the_weights_are_computed(kind):
+    build, shape = JOINED[kind]
     exchanges, events = local_pair(), [None, None]
 
     def tower(t):
-        joined, x = layer(exchanges[t]), torch.randn(shape, requires_grad=True)
+        joined, x = build(exchanges[t]), torch.randn(shape, requires_grad=True)
         with Recorder(exchanges[t]) as recorder:
             joined(x).sum().backward()
         events[t] = recorder.events
 
     on_two_threads(tower)
-    peer_half, own_half = (["product"] * backward_products for _ in (0, 1))
     assert events[0] == events[1] == [
-        "send layer", "product", "wait", "product",
-        *peer_half, "send gradient of layer", *own_half, "wait",
+        "send layer", "wait", "product",
+        "product", "send gradient of layer", "product", "wait",
     ]  # fmt: skip
 
 
