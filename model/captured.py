@@ -26,13 +26,13 @@ Passes = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 class CapturedPasses:
     """`captured(passes, pixels, labels, number)` does what `passes` does, from the fourth call on by replaying it.
 
-    `passes(pixels, labels, number)` sets gradients anew and returns the loss and how many labels came first; it reads
-    nothing that moves but its arguments. What depends on `number`, the dropout masks, is drawn before a replay. `join`
-    has the current stream wait for what `passes` may have started beside it.
+    `passes(images, labels, number)` sets gradients anew and returns the loss and how many labels came first; it reads
+    nothing that moves but its arguments; images may be laid out by the network. What depends on `number`, the dropout
+    masks, is drawn before a replay. `join` has the current stream wait for what `passes` may have started beside it.
     """
 
     def __init__(self, network: AlexNet, join: Callable[[], None], exchange: Exchange | None):
-        self._join, self._exchange = join, exchange
+        self._network, self._join, self._exchange = network, join, exchange
         self._dropouts = [layer for layer in network.modules() if isinstance(layer, Dropout) and layer.p]
         self._recording: Recording | None = None
         # Of high priority: other streams are dealt out again and again, and RPC would be given the captured one.
@@ -46,9 +46,9 @@ class CapturedPasses:
                 return passes(pixels, labels, number)
         if self._recording is None:
             self._record(passes, pixels, labels, number)
-        if pixels.shape != self._pixels.shape:
-            raise ValueError(f"a batch of shape {list(pixels.shape)} after those of {list(self._pixels.shape)}")
-        self._pixels.copy_(pixels)
+        if pixels.shape != self._shape:
+            raise ValueError(f"a batch of shape {list(pixels.shape)} after those of {list(self._shape)}")
+        self._network.laid_out(pixels, self._images)
         self._labels.copy_(labels)
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.draw(mask, number)
@@ -57,7 +57,7 @@ class CapturedPasses:
         return tuple(output.clone() for output in self._outputs)
 
     def _record(self, passes: Passes, pixels: Tensor, labels: Tensor, number: int) -> None:
-        self._pixels, self._labels = pixels.clone(), labels.clone()  # in the same memory format
+        self._shape, self._images, self._labels = pixels.shape, self._network.laid_out(pixels), labels.clone()
         self._masks = [torch.empty(len(pixels), dropout.neurons, device=pixels.device) for dropout in self._dropouts]
         for dropout, mask in zip(self._dropouts, self._masks):
             dropout.drawn = mask
@@ -67,7 +67,7 @@ class CapturedPasses:
         torch.cuda.empty_cache()  # a graph's memory is its own
         try:
             with _on(self._stream), recording:
-                self._outputs = passes(self._pixels, self._labels, number)
+                self._outputs = passes(self._images, self._labels, number)
         finally:
             for dropout in self._dropouts:
                 dropout.drawn = None

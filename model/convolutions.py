@@ -29,42 +29,58 @@ class ImageConv2d(nn.Conv2d):
     def __init__(self, maps: int, kernels: int, size: int, stride: int, side: int):
         super().__init__(maps, kernels, size, stride)
         self.side = side
+        self.kernel_blocks = -(-size // stride)
+        self.blocks = (side - size) // stride + self.kernel_blocks
 
     def forward(self, images: Tensor, biased: bool = True) -> Tensor:
-        """[N, C, H, W], H and W at most `side` -> [N, K, H', W'], as many places as `side` places give."""
+        """[N, C, H, W], H and W at most `side`, or what `laid_out` made of them -> [N, K, H', W']."""
         bias = self.bias if biased else None
-        if images.is_cuda:
+        if images.is_cuda or images.shape[1] != self.in_channels:
             return self.in_blocks(images, bias)
         missing = self.side - images.shape[-1]
         return F.conv2d(F.pad(images, (0, missing, 0, missing)), self.weight, bias, self.stride)
 
+    def laid_out(self, images: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return what `forward` would make of images first: on a GPU their blocks in `dtype`. With `out`, write there.
+
+        Elsewhere, a copy.
+        """
+        if images.is_cuda:
+            return space_to_depth(images, self.stride[0], self.blocks, dtype, out)
+        return images.clone() if out is None else out.copy_(images)
+
     def in_blocks(self, images: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the same by blocks of stride x stride places."""
-        size, stride = self.kernel_size[0], self.stride[0]
-        high = -(-size // stride)  # blocks of a kernel
-        blocks = (self.side - size) // stride + high
-        kernels = F.pad(self.weight, (0, high * stride - size) * 2).unflatten(3, (high, stride))
+        stride, high = self.stride[0], self.kernel_blocks
+        if images.shape[1] == self.in_channels:
+            autocast = torch.is_autocast_enabled("cuda")
+            images = space_to_depth(images, stride, self.blocks,
+                                    torch.get_autocast_dtype("cuda") if autocast else images.dtype)
+        kernels = F.pad(self.weight, (0, high * stride - self.kernel_size[0]) * 2).unflatten(3, (high, stride))
         kernels = kernels.unflatten(2, (high, stride)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        return F.conv2d(space_to_depth(images, stride, blocks), kernels, bias)
+        return F.conv2d(images, kernels, bias)
 
 
-def space_to_depth(images: Tensor, stride: int, blocks: int) -> Tensor:
+def space_to_depth(images: Tensor, stride: int, blocks: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return [N, stride stride C, blocks, blocks] of [N, C, H, W], zeros where no image is; in channels_last.
 
-    In the type of torch.autocast where that is on. Not differentiable: ValueError for images that ask for a gradient.
+    With `out`, what this returned before, write there. Not differentiable: ValueError for images that ask for a
+    gradient.
     """
     if images.requires_grad:
         raise ValueError("images in blocks have no gradient")
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype
     shape = len(images), blocks, blocks, stride, stride, images.shape[1]
-    if math.prod(shape) < INDICES and (kernels := gpu_kernels_for(images)):
-        found = images.new_empty(shape, dtype=dtype)
+    kernels = gpu_kernels_for(images) if math.prod(shape) < INDICES else None
+    if out is not None:
+        found = out.movedim(1, -1).view(shape)
+    else:
+        found = (images.new_empty if kernels else images.new_zeros)(shape, dtype=dtype)
+    if kernels:
         kernels.space_to_depth(images.contiguous(memory_format=torch.channels_last), found, stride)
     else:
         height, width = images.shape[2:]
         images = F.pad(images, (0, -width % stride, 0, -height % stride))
         parts = images.movedim(1, -1).unflatten(2, (-1, stride)).unflatten(1, (-1, stride))  # [N, H/s, s, W/s, s, C]
-        found = images.new_zeros(shape, dtype=dtype)
         found[:, :parts.shape[1], :parts.shape[3]].transpose(2, 3).copy_(parts)
     return found.flatten(3).movedim(-1, 1)
 

@@ -50,9 +50,10 @@ def convolutions(recipe: Recipe) -> list[Convolution]:
 class AlexNet(nn.Module):
     """Krizhevsky, Sutskever and Hinton (2012), figure 2. Grouped layers read their own tower only.
 
-    `forward(images [N, 3, 224, 224], step)` -> logits [N, classes]. `step` is the number of the
-    training step, from which dropout masks are drawn; in evaluation it is not used. With `mixed` set to bfloat16 or
-    float16, convolutions and products have factors of that type (torch.autocast); weights and logits keep theirs.
+    `forward(images [N, 3, 224, 224], step)` -> logits [N, classes]; the images may also be `laid_out` already. `step`
+    is the number of the training step, from which dropout masks are drawn; in evaluation it is not used. With `mixed`
+    set to bfloat16 or float16, convolutions and products have factors of that type (torch.autocast); weights and logits
+    keep theirs.
     """
 
     mixed: torch.dtype | None = None
@@ -93,6 +94,10 @@ class AlexNet(nn.Module):
         """Return what fc8 reads, [N, F]: the last hidden layer's outputs, of this module's neurons."""
         with self._autocast(images):
             return self._hidden(images, step)
+
+    def laid_out(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return a copy of images in the form that conv1 multiplies; with `out`, an earlier one, written there."""
+        return self.conv1.laid_out(images, self.mixed or images.dtype, out)
 
     def _autocast(self, images: Tensor) -> AbstractContextManager:
         return torch.autocast(images.device.type, self.mixed) if self.mixed else nullcontext()

@@ -100,7 +100,7 @@ def test_images_in_blocks_on_a_gpu_when_interpreted(interpreted, side, blocks):
     images = torch.randn(2, 3, side, side).contiguous(memory_format=torch.channels_last)
     found = torch.empty(2, blocks, blocks, 4, 4, 3)
     interpreted.space_to_depth(images, found, 4)
-    assert torch.equal(found.flatten(3).movedim(-1, 1), convolutions.space_to_depth(images, 4, blocks))
+    assert torch.equal(found.flatten(3).movedim(-1, 1), convolutions.space_to_depth(images, 4, blocks, images.dtype))
 
 
 def test_update_on_a_gpu_is_the_rule_when_interpreted(interpreted):
@@ -167,8 +167,11 @@ def test_bias_and_relu_on_a_gpu_are_torchs(dtype):
 @pytest.mark.gpu
 def test_images_in_blocks_on_a_gpu_are_the_cpus():
     images = torch.randn(2, 3, 224, 224)
-    found = convolutions.space_to_depth(images.cuda(), 4, 57)
-    assert torch.equal(found.cpu(), convolutions.space_to_depth(images, 4, 57))
+    found = convolutions.space_to_depth(images.cuda(), 4, 57, images.dtype)
+    assert torch.equal(found.cpu(), convolutions.space_to_depth(images, 4, 57, images.dtype))
+    half = convolutions.space_to_depth(images.cuda().flip(0), 4, 57, torch.bfloat16)
+    convolutions.space_to_depth(images.cuda(), 4, 57, torch.bfloat16, half)  # in place of the other images'
+    assert torch.equal(half, found.bfloat16())
 
 
 @pytest.mark.gpu

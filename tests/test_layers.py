@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import layers, response_norm
-from model.convolutions import ImageConv2d, without_groups
+from model.convolutions import ImageConv2d, space_to_depth, without_groups
 from model.layers import Dropout, MapNorm, linear
 from model.response_norm import CACHE_BLOCK_BYTES, LocalResponseNorm
 
@@ -142,6 +142,7 @@ def test_a_convolution_in_blocks_is_the_convolution(side, given):
     images = torch.randn(2, 3, given, given, dtype=torch.float64)
     found, expected = layer.in_blocks(images, layer.bias), layer(images)
     assert found.shape == expected.shape == (2, 8, *[(side - 11) // 4 + 1] * 2)
+    assert torch.equal(layer(space_to_depth(images, 4, layer.blocks, images.dtype)), found)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     grad = torch.randn_like(found)
     torch.testing.assert_close(torch.autograd.grad(found, layer.weight, grad)[0],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
+
+import torch
 from torch import Tensor
 
 from model.exchange import Exchange, Pending
@@ -35,15 +39,57 @@ def local_pair(timeout_s: float = 30) -> tuple[LocalExchange, LocalExchange]:
 
 
 class EchoExchange(Exchange):
-    """A peer that answers at once with what it was sent: one tower alone costs what it costs beside an equal peer."""
+    """A peer that answers with what it was sent, when a link would have brought it: one tower alone takes as long as
+    beside an equal peer.
+
+    A message takes `latency_s` and its bytes at `bytes_per_s`, while the tower goes on computing.
+    """
+
+    def __init__(self, tower: int, latency_s: float = 0.0, bytes_per_s: float = math.inf):
+        super().__init__(tower)
+        self._latency_s, self._bytes_per_s = latency_s, bytes_per_s
+        self._link: torch.cuda.Stream | None = None
+        self._cycles_per_s = 0.0
 
     def begin(self, x: Tensor, name: str) -> Pending:
-        return _Echo(x.clone())
+        seconds = self._latency_s + x.nbytes / self._bytes_per_s
+        if not x.is_cuda:
+            return _Echo(x.clone(), time.perf_counter() + seconds)
+        if self._link is None:
+            self._link = torch.cuda.Stream(x.device, priority=-1)
+            self._cycles_per_s = _cycles_per_s()
+        self._link.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._link):
+            torch.cuda._sleep(int(seconds * self._cycles_per_s))
+            return _EchoOnGpu(x.clone(), self._link.record_event())
 
 
 class _Echo:
-    def __init__(self, x: Tensor):
-        self.x = x
+    def __init__(self, x: Tensor, due: float):
+        self.x, self.due = x, due
 
     def wait(self) -> Tensor:
+        time.sleep(max(0.0, self.due - time.perf_counter()))
         return self.x
+
+
+class _EchoOnGpu:
+    def __init__(self, x: Tensor, arrived: torch.cuda.Event):
+        self.x, self.arrived = x, arrived
+
+    def wait(self) -> Tensor:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.arrived)
+        self.x.record_stream(stream)
+        return self.x
+
+
+def _cycles_per_s() -> float:
+    """Return the rate of the clock that torch.cuda._sleep counts."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)
+    began.record()
+    torch.cuda._sleep(20_000_000)
+    ended.record()
+    ended.synchronize()
+    return 20_000_000 / (began.elapsed_time(ended) / 1e3)
