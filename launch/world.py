@@ -149,6 +149,7 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     threads = threads or max(1, usable_cores() // local_size())
     torch.set_num_threads(threads)
     precision = choose_precision(precision, chosen)
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN is to try which convolution is fastest
     if graphs and chosen.type == "cpu":
         raise UserError("--graphs is of GPUs: leave it out, or use --device cuda")
     if graphs is None:

@@ -26,22 +26,29 @@ EVERYTHING = slice(None)
 
 
 class _Source:
-    """What DALI calls for each batch and its stored images. It knows no graph: that holds it, and they would hold each
-    other.
+    """What DALI's graphs call for each batch and its stored images. It knows no graph: that holds it, and they would
+    hold each other.
 
-    The StopIteration of `batches` tells DALI of the end.
+    Several graphs have the batches in turn. The StopIteration of `batches` tells DALI of the end.
     """
 
     def __init__(self, images: ShardImages, batches: Iterator[Batch], part: slice):
         self._images, self._batches, self._part = images, batches, part
-        self.under_way: deque[Batch] = deque()  # what DALI has not returned yet, oldest first
+        self.under_way: deque[Batch] = deque()  # drawn, and what DALI has not returned yet, oldest first
         self.seconds = 0.0  # of processor time
+        self._drawn = 0
+        self._waiting: dict[int, deque[Batch]] = {}  # batches of graphs that have not asked for them yet
 
-    def __call__(self) -> tuple[list[np.ndarray], Batch]:
+    def __call__(self, graph: int = 0, graphs: int = 1) -> tuple[list[np.ndarray], Batch]:
+        """Return the next batch of `graph` of so many: number graph, graph + graphs, ..."""
         start = time.thread_time()
-        batch = next(self._batches)
-        self.under_way.append(batch)
-        part = part_of(batch, self._part)
+        mine = self._waiting.setdefault(graph, deque())
+        while not mine:
+            batch = next(self._batches)
+            self.under_way.append(batch)
+            self._waiting.setdefault(self._drawn % graphs, deque()).append(batch)
+            self._drawn += 1
+        part = part_of(mine.popleft(), self._part)
         stored = self._images.stored_batch(part.indices)
         self.seconds += time.thread_time() - start
         return stored, part

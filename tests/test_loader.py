@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from reference_pixels import decoded, view
 
 from pipeline.batches import Lighting, TrainingBatches, views_of
 from pipeline.errors import DataError
-from pipeline.loader import EvaluationLoader, TrainingLoader
+from pipeline.loader import EvaluationLoader, TrainingLoader, _Source
 from pipeline.manifest import Manifest, ShardFile, Split, SynsetClass
 from pipeline.shards import ShardImages, write_shard
 from pipeline.storage import LocalStorage
@@ -306,6 +307,22 @@ def test_no_images_no_batches(tmp_path):
     assert len(loader) == 0 and list(loader) == []
 
 
+@pytest.mark.parametrize("asked", [[0, 0, 1, 1, 2, 2, 0, 1, 2], [2, 2, 2, 1, 0, 0, 1, 0, 1], [0, 1, 2] * 3])
+def test_graphs_have_the_batches_in_turn(images, asked):
+    """Whichever asks first; what is under way is in the order of the run."""
+    plan = TrainingBatches(len(images), 2, 0, None)
+    source = _Source(images, iter([plan.at(0, step) for step in range(7)]), slice(None))
+    found = {0: [], 1: [], 2: []}
+    for graph in asked:
+        with suppress(StopIteration):
+            stored, batch = source(graph, 3)
+            assert [bytes(one) for one in stored] == [bytes(images.stored(i)) for i in batch.indices]
+            found[graph].append(batch.indices.tolist())
+    expected = [plan.at(0, step).indices.tolist() for step in range(7)]
+    assert found == {graph: expected[graph::3] for graph in found}
+    assert [batch.indices.tolist() for batch in source.under_way] == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("store", ["images", "raw"])
 def test_gpu_pixels_are_the_cpus(store, batches, request):
@@ -313,7 +330,7 @@ def test_gpu_pixels_are_the_cpus(store, batches, request):
     images = request.getfixturevalue(store)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        on_gpu = take(TrainingLoader(images, MEAN, batches, device="cuda", threads=2), 8)
+        on_gpu = take(TrainingLoader(images, MEAN, batches, device="cuda", threads=6), 8)
         on_gpu += list(EvaluationLoader(images, MEAN, 10, batch_size=8, device="cuda:0"))
     stream.synchronize()
     on_cpu = take(TrainingLoader(images, MEAN, batches), 8) + list(EvaluationLoader(images, MEAN, 10, batch_size=8))
