@@ -28,7 +28,9 @@ class MapNorm(nn.Module):
         self.k, self.n, self.alpha, self.beta = k, n, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = F.avg_pool2d(x * x, self.n, stride=1, padding=self.n // 2)  # of n x n places, those beyond the edge too
+        # Padded before, not by avg_pool2d: in channels_last on a GPU its gradient is then wrong (pytorch issue 188344).
+        squares = F.pad(x * x, (self.n // 2,) * 4)
+        mean = F.avg_pool2d(squares, self.n, stride=1)  # of n x n places, those beyond the edge too
         return x * (self.k + self.alpha * self.n**2 * mean).pow(-self.beta)
 
 

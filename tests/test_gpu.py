@@ -241,12 +241,10 @@ RECIPES_ON_A_GPU = [*RECIPES.values(), *(ablated(TINY, name) for name in ABLATIO
 def test_the_network_on_a_gpu_is_the_cpus_in_double_precision(recipe):
     """Fused kernels and all: logits and every gradient, in single precision.
 
-    As in test_towers: where two places of a window, or a unit and zero, are within rounding, a gradient goes another way
-    and some move by percents, in one batch or another; an error in all. A narrow network and few images have few such.
+    As in test_towers: a unit within rounding of zero moves gradients by percents in one batch or another, an error in all.
     """
     choose_precision("fp32", torch.device("cuda"))
-    recipe = replace(recipe, dropout=0.0, kernels=TINY.kernels, neurons=TINY.neurons)
-    random = torch.Generator().manual_seed(1)
+    recipe, random = replace(recipe, dropout=0.0), torch.Generator().manual_seed(1)
     network = build(recipe, 10, seed=3)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -255,8 +253,8 @@ def test_the_network_on_a_gpu_is_the_cpus_in_double_precision(recipe):
     exact, network = copy.deepcopy(network).double(), network.cuda()
     differences = []
     for _ in range(5):
-        pixels = torch.randn(2, 3, 224, 224, generator=random) * 60 * recipe.pixel_scale
-        labels = torch.arange(2)
+        pixels = torch.randn(4, 3, 224, 224, generator=random) * 60 * recipe.pixel_scale
+        labels = torch.arange(4)
         outputs = []
         for one, images in ((network, pixels.cuda()), (exact, pixels.double())):
             one.zero_grad()

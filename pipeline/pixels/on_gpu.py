@@ -23,7 +23,7 @@ from pipeline.pixels.dali import ANCHOR, DECODING, STORED, Source, fed
 # on (34,000, 41,000 and 46,000 images/s with 1, 2 and 3 on an H200, alone).
 GRAPHS = {"jpeg": 3, "raw": 1}
 MOST_THREADS = 8  # of a graph; more wait for each other
-PREFETCHED_BATCHES = {"jpeg": 2, "raw": 4}  # of a graph
+PREFETCHED_BATCHES = 2  # of a graph
 
 # The share of the JPEG engine is DALI 2.4's default, pinned since it has changed between releases.
 _DECODING = DECODING | {"device": "mixed", "hw_decoder_load": 0.65}
@@ -84,7 +84,7 @@ class PixelsOnGpu:
         graphs = min(GRAPHS[store], threads)
         pixels = {"store": store, "mean": mean, "scale": scale, "crop": crop}
         settings = {"batch_size": batch_size, "num_threads": min(threads // graphs, MOST_THREADS),
-                    "device_id": device.index, "prefetch_queue_depth": PREFETCHED_BATCHES[store]}
+                    "device_id": device.index, "prefetch_queue_depth": PREFETCHED_BATCHES}
         self._graphs = []
         for number in range(graphs):
             own_source = functools.partial(source, number, graphs)
