@@ -1,8 +1,9 @@
 """Layers that read both towers: conv3 and the fully connected ones (figure 2).
 
 Each swaps inputs with its twin in the other tower and computes with both halves side by side, as the whole network
-does. Backward, the gradient of the peer's half is computed first and sent; while it and the one in return are on
-their way, the weight's gradient is computed.
+does; a convolution on a CPU, which takes far longer than its input's way, begins with the own half meanwhile. Backward,
+the gradient of the peer's half is computed first and sent; while it and the one in return are on their way, the weight's
+gradient is computed.
 
 Shapes: N images, C channels of one tower, H x W places, F neurons of one tower, K outputs of this one.
 """
@@ -27,7 +28,8 @@ class JoinedConv2d(nn.Conv2d):
         self.exchange, self.name = exchange, name
 
     def forward(self, x: Tensor, biased: bool = True) -> Tensor:
-        return _joined(self, x, self.weight, self.bias if biased else None)
+        way = _HalfByHalf if x.device.type == "cpu" else _SideBySide
+        return _joined(way, self, x, self.weight, self.bias if biased else None)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding)
@@ -51,7 +53,7 @@ class JoinedLinear(Linear):
         self.exchange, self.name = exchange, name
 
     def forward(self, x: Tensor) -> Tensor:
-        return _joined(self, x, self.factor, self.bias)
+        return _joined(_SideBySide, self, x, self.factor, self.bias)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return product(x, weight, bias)
@@ -63,19 +65,19 @@ class JoinedLinear(Linear):
         return product(grad.t(), x.t()), grad.sum(0) if biased else None
 
 
-def _joined(layer: JoinedConv2d | JoinedLinear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _joined(way: type[_SideBySide | _HalfByHalf], layer: JoinedConv2d | JoinedLinear, x: Tensor, weight: Tensor,
+            bias: Tensor | None) -> Tensor:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # which does not reach into an autograd function
         x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
     with torch.autocast(kind, enabled=False):
-        return _Joined.apply(x, weight, bias, layer)
+        return way.apply(x, weight, bias, layer)
 
 
-class _Joined(torch.autograd.Function):
+class _SideBySide(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: JoinedConv2d | JoinedLinear) -> Tensor:
-        peer = layer.exchange.swap(x, layer.name)
-        both = torch.cat([peer, x] if layer.exchange.tower else [x, peer], 1)
+        both = _in_order(layer, x, layer.exchange.swap(x, layer.name))
         ctx.save_for_backward(both, weight)
         ctx.layer, ctx.biased = layer, bias is not None
         return layer.product(both, weight, bias)
@@ -83,12 +85,45 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        both, weight = ctx.saved_tensors
-        exchange, tower = ctx.layer.exchange, ctx.layer.exchange.tower
-        halves = ctx.layer.input_gradient(grad, both, weight).chunk(2, 1)
-        pending = exchange.start(halves[1 - tower], f"gradient of {ctx.layer.name}")
-        of_weight, of_bias = ctx.layer.weight_gradients(grad, both, weight, ctx.biased)
-        return halves[tower] + exchange.finish(pending), of_weight, of_bias, None
+        (both, weight), layer = ctx.saved_tensors, ctx.layer
+        of_own, of_peer = _halves(layer, layer.input_gradient(grad, both, weight))
+        pending = layer.exchange.start(of_peer, f"gradient of {layer.name}")
+        of_weight, of_bias = layer.weight_gradients(grad, both, weight, ctx.biased)
+        return of_own + layer.exchange.finish(pending), of_weight, of_bias, None
+
+
+class _HalfByHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: JoinedConv2d) -> Tensor:
+        pending = layer.exchange.start(x, layer.name)
+        for_own, for_peer = _halves(layer, weight)
+        y = layer.product(x, for_own, bias)
+        peer = layer.exchange.finish(pending)
+        ctx.save_for_backward(x, peer, weight)
+        ctx.layer, ctx.biased = layer, bias is not None
+        return y.add_(layer.product(peer, for_peer, None))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x, peer, weight), layer = ctx.saved_tensors, ctx.layer
+        for_own, for_peer = _halves(layer, weight)
+        pending = layer.exchange.start(layer.input_gradient(grad, peer, for_peer), f"gradient of {layer.name}")
+        of_peer, _ = layer.weight_gradients(grad, peer, for_peer, False)
+        of_own, of_bias = layer.weight_gradients(grad, x, for_own, ctx.biased)
+        grad_x = layer.input_gradient(grad, x, for_own)
+        return grad_x.add_(layer.exchange.finish(pending)), _in_order(layer, of_own, of_peer), of_bias, None
+
+
+def _in_order(layer: JoinedConv2d | JoinedLinear, own: Tensor, peer: Tensor) -> Tensor:
+    """Return the halves of tower 0 and tower 1 side by side."""
+    return torch.cat([peer, own] if layer.exchange.tower else [own, peer], 1)
+
+
+def _halves(layer: JoinedConv2d | JoinedLinear, both: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the own half and the peer's, views."""
+    halves = both.chunk(2, 1)
+    return halves[layer.exchange.tower], halves[1 - layer.exchange.tower]
 
 
 class JoinedResponseNorm(nn.Module):

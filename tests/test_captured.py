@@ -97,10 +97,10 @@ def test_a_recorded_step_swaps_as_the_step_does():
         recording.replay()
         assert [entry for entry in Graph.log if not entry.startswith("graph")] == eager
         assert [entry for entry in Graph.log if entry.startswith("graph")] == [f"graph {i}" for i in range(graphs)]
-        assert Graph.log[:4] == ["graph 0", "send conv3", "wait conv3", "graph 1"]
-    swap = Graph.log.index("send gradient of fc8")
-    assert Graph.log[swap + 2] == "wait gradient of fc8"  # while the weight's is computed
-    assert graphs == 1 + 5 + 2 * 4  # cut at the swaps on the way forward, and before and after those of gradients
+        assert Graph.log[:4] == ["graph 0", "send conv3", "graph 1", "wait conv3"]
+    swap = Graph.log.index("send loss")
+    assert Graph.log[swap + 1] == "wait loss"  # nothing is computed between
+    assert graphs == 1 + 2 * 5 + 4  # cut before and after conv3's swaps and those of gradients, once at the others
 
 
 def test_what_is_received_lies_in_one_place():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import joined
 from model.errors import PeerError
 from model.exchange.local import local_pair
 from model.exchange.mailbox import Mailbox
@@ -69,7 +70,7 @@ def test_gradient_of_a_swap():
     assert torch.autograd.gradcheck(as_one_function(tower), inputs)
 
 
-JOINED = {
+JOINED = {  # layers and their input's shape
     "linear": (lambda exchange: JoinedLinear(12, 4, exchange, "layer"), (2, 6)),
     "convolution": (lambda exchange: JoinedConv2d(6, 4, 3, 1, 1, exchange, "layer"), (2, 3, 5, 5)),
 }
@@ -77,8 +78,11 @@ JOINED = {
 
 @pytest.mark.parametrize("kind", JOINED)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_joined_layers_are_one_layer_on_both_halves(kind, dtype, tolerance):
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_joined_layers_are_one_layer_on_both_halves(kind, dtype, tolerance, side_by_side, monkeypatch):
     """Outputs, and the gradients of inputs, weights and biases; in bfloat16 by torch.autocast."""
+    if side_by_side:  # as on a GPU
+        monkeypatch.setattr(joined, "_HalfByHalf", joined._SideBySide)
     build, shape = JOINED[kind]
     exchanges, kept = local_pair(), torch.float64 if dtype == torch.float64 else torch.float32
     layers = [build(exchange).to(kept) for exchange in exchanges]
@@ -122,22 +126,23 @@ class Recorder(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("kind", JOINED)
-def test_gradients_travel_while_the_weights_are_computed(kind):
+@pytest.mark.parametrize("kind, events", [
+    ("linear", ["send layer", "wait", "product", "product", "send gradient of layer", "product", "wait"]),
+    ("convolution", ["send layer", "product", "wait", "product",
+                     "product", "send gradient of layer", *["product"] * 3, "wait"]),
+])  # fmt: skip
+def test_what_is_computed_while_messages_travel(kind, events):
     build, shape = JOINED[kind]
-    exchanges, events = local_pair(), [None, None]
+    exchanges, found = local_pair(), [None, None]
 
     def tower(t):
-        joined, x = build(exchanges[t]), torch.randn(shape, requires_grad=True)
+        layer, x = build(exchanges[t]), torch.randn(shape, requires_grad=True)
         with Recorder(exchanges[t]) as recorder:
-            joined(x).sum().backward()
-        events[t] = recorder.events
+            layer(x).sum().backward()
+        found[t] = recorder.events
 
     on_two_threads(tower)
-    assert events[0] == events[1] == [
-        "send layer", "wait", "product",
-        "product", "send gradient of layer", "product", "wait",
-    ]  # fmt: skip
+    assert found == [events, events]
 
 
 @pytest.mark.parametrize("classes", [7, 10])
