@@ -140,12 +140,9 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     die_with_torchrun()
     keep_freed_memory()
     chosen = device_named(device)
-    if transport in {"cuda": ["gloo"], "cpu": ["nccl", "cuda-ipc"]}[chosen.type]:
-        raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
+    check_transport(transport, chosen, local_size())
     if transport == "cuda-ipc" and local_size() != size:
         raise UserError("--transport cuda-ipc joins processes of one host: use rpc")
-    if transport == "nccl" and torch.cuda.device_count() < local_size():
-        raise UserError("--transport nccl needs a GPU for each process: use rpc")
     threads = threads or max(1, usable_cores() // local_size())
     torch.set_num_threads(threads)
     precision = choose_precision(precision, chosen)
@@ -162,6 +159,14 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
         world.exchange.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_transport(transport: str, device: torch.device, processes: int) -> None:
+    """UserError where `transport` cannot join so many processes of this host, on such devices."""
+    if transport in {"cuda": ["gloo"], "cpu": ["nccl", "cuda-ipc"]}[device.type]:
+        raise UserError(f"--transport {transport} does not move {device.type} tensors: use rpc")
+    if transport == "nccl" and torch.cuda.device_count() < processes:
+        raise UserError("--transport nccl needs a GPU for each process: use rpc")
 
 
 def device_named(name: str | None) -> torch.device:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +19,11 @@ from conftest import ROOT
 from launch.bench import everything, floors
 from launch.bench.step_peers import stock, torchvision_shape
 from launch.cli import cli
+from launch.errors import UserError
 from model.exchange.local import EchoExchange
 from model.recipe import NOTES, TINY
 from model.tower import build
+from pipeline.files import locked
 
 
 def bench(*arguments) -> dict:
@@ -27,10 +32,14 @@ def bench(*arguments) -> dict:
     return json.loads(done.stdout)
 
 
-def bench_two(*arguments) -> dict:
-    done = subprocess.run([sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2", "-m",
+def start_two(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2", "-m",
                            "launch.cli", "bench", *arguments, "--threads", "1"], cwd=ROOT, capture_output=True,
                           text=True, timeout=120)
+
+
+def bench_two(*arguments) -> dict:
+    done = start_two(*arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -104,6 +113,9 @@ def test_peers_have_the_networks_shape():
     assert torchs(image).shape == (1, 1000) and torchvision_shape(7)(image).shape == (1, 7)
 
 
+HARDWARE = {"cpu": "C", "cores": 2, "memory_gib": 4, "gpu": None}
+
+
 def test_all_goes_on_where_it_was(tmp_path, monkeypatch):
     measured = []
 
@@ -113,22 +125,57 @@ def test_all_goes_on_where_it_was(tmp_path, monkeypatch):
             return "no peer"
         spread = {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}
         return {"bench": arguments[0], "images_per_s": spread, "peers": {"stock": spread},
-                "hardware": {"cpu": "C", "cores": 2, "memory_gib": 4, "gpu": None}}
+                "hardware": everything.facts.hardware(None)}
 
     monkeypatch.setattr(everything, "_measure", measure)
     monkeypatch.setattr(everything.facts, "commit", lambda: "abc")
-    settings = ["--recipe", "tiny"]
-    failed = everything.measure_everything(tmp_path / "out", None, None, settings, [], [], lambda line: None)
-    assert failed == ["exchange: no peer"] and len(measured) == 8
+    monkeypatch.setattr(everything.facts, "hardware", lambda device: HARDWARE)
+
+    def measure_all(out=tmp_path / "out"):
+        return everything.measure_everything(out, None, None, "tiny", "cpu", None, "rpc", lambda line: None)
+
+    assert measure_all() == ["exchange: no peer"] and len(measured) == 8
     page = (tmp_path / "out" / "results.md").read_text()
     assert "| images_per_s | 2 (1 to 3), n = 3 |" in page and "Failed: exchange: no peer" in page
     (tmp_path / "out" / "lrn.json").write_text("{")  # cut off
+    (tmp_path / "out" / "step.json").write_text("[1]")
     measured.append(None)
-    assert everything.measure_everything(tmp_path / "out", None, None, settings, [], [], lambda line: None) == []
-    assert measured[9:] == [(1, "lrn"), (2, "exchange")]
+    assert measure_all() == []
+    assert measured[9:] == [(1, "lrn"), (1, "step"), (2, "exchange")]
+    assert measure_all() == [] and len(measured) == 12
     monkeypatch.setattr(everything.facts, "commit", lambda: "def")
-    everything.measure_everything(tmp_path / "out", None, None, settings, [], [], lambda line: None)
-    assert len(measured) == 11 + 8
+    measure_all()
+    assert len(measured) == 12 + 8
+    monkeypatch.setattr(everything.facts, "hardware", lambda device: HARDWARE | {"cores": 3})
+    measure_all()
+    assert len(measured) == 12 + 16
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files .mine.txt.; name another folder"):
+        measure_all()
+    (tmp_path / "other").mkdir()
+    with locked(tmp_path / "other" / "lock", wait=False), pytest.raises(UserError, match="another `bench all` is at work"):
+        measure_all(tmp_path / "other")
+
+
+def test_what_cannot_be_measured_is_told_first(tmp_path):
+    out = tmp_path / "out"
+    for options, told in ((["--recipe", "big"], "no recipe named 'big'"), (["--device", "gpu"], "--device gpu"),
+                          (["--device", "cpu", "--precision", "fp16"], "--precision fp16 is of GPUs"),
+                          (["--device", "cpu", "--transport", "nccl"], "--transport nccl does not move cpu tensors"),
+                          (["--device", "cpu", "--images", tmp_path / "none"], "no folder of images there"),
+                          (["--device", "cpu", "--shards", tmp_path], "manifest.json")):
+        done = CliRunner().invoke(cli, ["bench", "all", *map(str, [out, *options])])
+        assert done.exit_code == 2 and told in done.stderr and not out.exists(), options
+    done = CliRunner().invoke(cli, ["ablate", str(tmp_path), str(out), "--device", "cpu", "--precision", "fp16"])
+    assert done.exit_code == 2 and "--precision fp16 is of GPUs" in done.stderr
+
+
+def test_mistakes_of_two_processes_are_told():
+    for arguments, told in ((["step", "--recipe", "tiny", "--ablation", "one-tower"], "runs in one process"),
+                            (["evaluate", "--recipe", "tiny", "--batch", "3"], "give an even number, or --no-peers"),
+                            (["lrn", "--recipe", "tiny"], "bench lrn runs in one process")):
+        done = start_two(*arguments)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def gpu_check(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -141,6 +188,9 @@ def test_gpu_check_keeps_what_went_well(tmp_path):
     shards.mkdir()
     assert gpu_check(shards, out).returncode == 2 and not out.exists()  # no manifest
     (shards / "manifest.json").touch()
+    for odd in ({"PARTS": "host dance"}, {"LIMIT_S": "abc"}, {"LIMIT_S": "0"}, {"STEPS": "-1"}):
+        done = gpu_check(shards, out, DEVICE="cpu", **odd)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists(), odd
     done = gpu_check(shards, out, DEVICE="cpu", PARTS="host train")
     assert done.returncode == 1 and (out / "host.done").exists() and not (out / "train.done").exists()
     lines = (out / "summary.txt").read_text().splitlines()
@@ -148,6 +198,47 @@ def test_gpu_check_keeps_what_went_well(tmp_path):
     again = gpu_check(shards, out, DEVICE="cpu", PARTS="host")
     assert again.returncode == 0 and "host ..." not in again.stderr
     assert sorted((out / "summary.txt").read_text().splitlines()) == sorted(lines)
+    other = gpu_check(shards, out, DEVICE="cpu", PARTS="host", STEPS="5")
+    assert other.returncode == 0 and "host ..." in other.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_gpu_check_leaves_nothing_running(shards, tmp_path, how):
+    out = tmp_path / "out"
+    script = subprocess.Popen(["bash", ROOT / "launch" / "gpu_check.sh", shards, out], stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "RECIPE": "tiny",
+                                   "PARTS": "train", "STEPS": "100000"})
+    deadline = time.monotonic() + 60
+    while not (out / "run-two" / "log.jsonl").exists():  # two processes train
+        assert script.poll() is None and time.monotonic() < deadline, script.communicate()
+        time.sleep(0.05)
+    assert len(at_work_in(out)) >= 4
+    script.send_signal(how)
+    _, told = script.communicate(timeout=30)
+    assert how == signal.SIGKILL or script.returncode == 130 and told.endswith("alexnet: stopped in train\n")
+    deadline = time.monotonic() + 15
+    while left := at_work_in(out):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert not (out / "train.done").exists()
+
+
+def at_work_in(folder: Path) -> list[str]:
+    """Return the command lines of the processes that are told of a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if str(folder) in line]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    for arguments in (["sample", folder / "archives", "--train-per-class", "8", "--val-per-class", "2"],
+                      ["preprocess", folder / "archives", folder / "shards"]):
+        assert CliRunner().invoke(cli, list(map(str, arguments))).exit_code == 0
+    return folder / "shards"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

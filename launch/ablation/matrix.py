@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,14 +11,11 @@ from pathlib import Path
 from launch.ablation.table import BASE, Outcome, write_table
 from launch.environment import rank_and_size
 from launch.errors import RunFailed, UserError
+from launch.processes import alexnet
 from model.ablations import ABLATIONS, ablated
 from model.recipe import recipe_named
 from pipeline.files import TEMPORARY, locked, write_durably
 from pipeline.manifest import load_manifest
-
-# Killed with this process: there is never a second one at work in the same folder.
-_TORCHRUN = ("from launch.environment import die_with_parent; die_with_parent({}); "
-             "from launch.torchrun import main; main()")
 
 
 @dataclass(frozen=True)
@@ -112,12 +107,8 @@ def _run(folder: Path, shards: Path, recipe: str, name: str, seed: int, epochs: 
 
 
 def _alexnet(processes: int, command: str, *arguments: str | Path) -> str:
-    """Run a command of ours under torchrun; return what it prints. RunFailed where it fails."""
-    line = [sys.executable, "-c", _TORCHRUN.format(os.getpid()), "--standalone", "--nproc-per-node", str(processes),
-            "-m", "launch.cli", command, *map(str, arguments)]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment)
+    """Run a command of ours; return what it prints. RunFailed where it fails."""
+    done = alexnet(processes, command, *arguments)
     if done.returncode:
         raise RunFailed(f"{command} of {arguments[0 if command == 'evaluate' else 1]} ended with exit code "
                         f"{done.returncode}, as told above")

@@ -13,6 +13,7 @@ from launch.bench.floors import seconds_of
 from launch.bench.report import beside, result
 from launch.bench.step import made_up
 from launch.bench.step_peers import stock
+from launch.errors import UserError
 from launch.evaluate import error_rates
 from launch.precision import MIXED
 from launch.world import World
@@ -28,6 +29,9 @@ def evaluate_speed(world: World, recipe: Recipe, classes: int, batch: int, repea
     The same batch each time; an image counts once. With two processes torch's network, the peer, runs half of the
     images in each.
     """
+    if peers and batch % world.size:
+        raise UserError(f"--batch {batch}: torch's network has half of the images in each process; give an even number, or "
+                        "--no-peers")
     world.agree({"recipe": recipe.to_dict(), "classes": classes, "batch": batch, "repeats": repeats, "peers": peers,
                  "precision": world.precision, "code": facts.code_hash()})
     world.connect()

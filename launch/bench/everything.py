@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from launch import facts
 from launch.errors import UserError
+from launch.precision import choose_precision
+from launch.processes import alexnet
+from launch.world import check_transport, device_named
+from model.recipe import recipe_named
+from pipeline.files import TEMPORARY, locked, write_durably
+from pipeline.manifest import load_manifest
+
+PAGE, LOCK = "results.md", "lock"
 
 
 def parts(shards: Path | None, images: Path | None, settings: list[str], device: list[str],
@@ -33,47 +42,76 @@ def parts(shards: Path | None, images: Path | None, settings: list[str], device:
         yield "preprocess", 1, ["preprocess", str(images)]
 
 
-def measure_everything(out: Path, shards: Path | None, images: Path | None, settings: list[str], device: list[str],
-                       transport: list[str], tell: Callable[[str], object]) -> list[str]:
-    """Run every part that has no result of this commit and these arguments in `out` yet; return those that failed.
+def measure_everything(out: Path, shards: Path | None, images: Path | None, recipe: str, device: str | None,
+                       precision: str | None, transport: str, tell: Callable[[str], object]) -> list[str]:
+    """Run every part that has no result of this commit, hardware and arguments in `out` yet; return those that failed.
 
     Writes `out`/PART.json, and `out`/results.md of all that are there. `tell` is given a line before each part.
+    Raises UserError, RecipeError or DataError before the first for what no part could run with.
     """
+    recipe_named(recipe)
+    chosen = device_named(device)
+    choose_precision(precision, chosen)
+    check_transport(transport, chosen, processes=2)
+    if shards is not None:
+        load_manifest(shards)
+    if images is not None and not images.is_dir():
+        raise UserError(f"{images}: no folder of images there")
+    device_option = ["--device", device] if device else []
+    settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
+    asked = list(parts(shards, images, settings, device_option, ["--transport", transport]))
+    _prepare(out, {PAGE, LOCK, *(f"{name}.json" for name, _, _ in parts(out, out, [], [], []))})
+    try:
+        with locked(out / LOCK, wait=False):
+            return _measure_all(out, asked, tell)
+    except BlockingIOError:
+        raise UserError(f"{out}: another `bench all` is at work there; wait for it, or name another folder") from None
+
+
+def _prepare(out: Path, ours: set[str]) -> None:
+    """Make the folder; UserError where it holds what is not ours."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in out.iterdir() if path.name not in ours and path.suffix != TEMPORARY]
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; name another folder") from None
+    if others:
+        raise UserError(f"{out}: holds other files ({min(others)}); name another folder")
+
+
+def _measure_all(out: Path, asked: list[tuple[str, int, list[str]]], tell: Callable[[str], object]) -> list[str]:
     commit, failed, found = facts.commit(), [], []
-    for name, processes, arguments in parts(shards, images, settings, device, transport):
+    hardware = facts.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for name, processes, arguments in asked:
         path = out / f"{name}.json"
-        asked = {"part": name, "processes_started": processes, "arguments": arguments, "commit": commit}
+        wanted = {"part": name, "processes_started": processes, "arguments": arguments, "commit": commit}
         known = _read(path)
-        if known is None or {key: known.get(key) for key in asked} != asked or commit is None or "+" in commit:
+        if commit is None or "+" in commit or {key: known.get(key) for key in wanted} != wanted or (
+                known.get("hardware") != hardware):
             tell(f"{name} ...")
             measured = _measure(processes, arguments)
             if isinstance(measured, str):
                 failed.append(f"{name}: {measured}")
                 continue
-            known = measured | asked
-            path.write_text(json.dumps(known, indent=1) + "\n")
+            known = measured | wanted
+            write_durably(path, (json.dumps(known, indent=1) + "\n").encode())
         found.append(known)
-    (out / "results.md").write_text(markdown(found, failed))
+    write_durably(out / PAGE, markdown(found, failed).encode())
     return failed
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: Path) -> dict:
+    """Return what a part found; nothing where it is not there, or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) and isinstance(known.get("bench"), str) else {}
 
 
 def _measure(processes: int, arguments: list[str]) -> dict | str:
     """Return what `alexnet bench` printed, or why it failed."""
-    program = ["-m", "launch.cli", "bench", *arguments]
-    if processes > 1:
-        program = ["-m", "launch.torchrun", "--standalone", "--nproc-per-node", str(processes), *program]
-    done = subprocess.run([sys.executable, *program], cwd=facts.ROOT, capture_output=True, text=True)
+    done = alexnet(processes, "bench", *arguments, stderr=subprocess.PIPE)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return (done.stderr.strip().splitlines() or ["no output"])[-1]

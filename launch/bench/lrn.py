@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from launch.bench.floors import copy_seconds, device_seconds
 from launch.bench.report import result, spread
+from launch.errors import UserError
 from launch.precision import MIXED
 from launch.world import World
 from model.recipe import Recipe
@@ -24,6 +25,8 @@ def lrn_speed(world: World, recipe: Recipe, repeats: int, peers: bool = True) ->
     `copies` is the time of both passes divided by that of copying the tensor; torch's, with `peers`, is nn.ReLU and
     nn.LocalResponseNorm, whose windows cross from tower to tower.
     """
+    if world.size != 1:
+        raise UserError("bench lrn runs in one process: start it without torchrun")
     layers, of_layer1 = {}, []
     for layer, (maps, side) in enumerate(zip(recipe.kernels, SIDES), 1):
         x = torch.randn(recipe.batch, maps, side, side, device=world.device, dtype=MIXED.get(world.precision)) * 30

@@ -36,7 +36,7 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
     """
     world.agree({"recipe": recipe.to_dict(), "classes": classes, "steps": steps, "peers": peers,
                  "precision": world.precision, "code": facts.code_hash()})
-    world.connect()
+    world.connect(recipe.towers)
     pixels, labels = made_up(recipe, classes, world.device)
     contestants: dict[str, Callable[[int], object]] = {}
     mixed = MIXED.get(world.precision)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from launch.world import World
 
 RECIPE = click.option("--recipe", default="notes", show_default=True)
-CLASSES = click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
+CLASSES = click.option("--classes", default=1000, show_default=True, type=click.IntRange(2, 1 << 20))
 REPEATS = click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="After one other.")
 PEERS = click.option("--peers/--no-peers", default=True, help="Measure in turn with what others use.")
 
@@ -42,7 +42,7 @@ def bench_preprocess(images: Path, **settings) -> None:
 
 @bench.command("loader")
 @click.argument("shards", type=FOLDER)
-@click.option("--batch", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--batches", default=20, show_default=True, type=click.IntRange(1), help="A repeat.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True)
@@ -80,7 +80,7 @@ def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peer
 @bench.command("evaluate")
 @RECIPE
 @CLASSES
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images of ten views at a time.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1, 4096), help="Images of ten views at a time.")
 @REPEATS
 @PEERS
 @process_options
@@ -155,9 +155,7 @@ def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, 
     """
     from launch.bench.everything import measure_everything
 
-    device_option = ["--device", device] if device else []
-    settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
-    failed = measure_everything(out, shards, images, settings, device_option, ["--transport", transport],
+    failed = measure_everything(out, shards, images, recipe, device, precision, transport,
                                 lambda line: click.echo(line, err=True))
     click.echo(str(out / "results.md"))
     if failed:
@@ -165,9 +163,16 @@ def bench_all(out: Path, shards: Path | None, images: Path | None, recipe: str, 
 
 
 def _in_world(process: dict, measure: Callable[[World], dict]) -> None:
+    import torch
+
     from launch.world import join_world
 
     with join_world(**process) as world:
-        found = measure(world)
+        try:
+            found = measure(world)
+        except RuntimeError as error:  # torch has an error of its own for this on GPUs alone
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise RunFailed(f"{world.device}: out of memory; fewer --classes or a smaller --batch take less") from None
     if world.leads:
         click.echo(json.dumps(found))
