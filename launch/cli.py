@@ -18,8 +18,9 @@ from launch import __version__
 from launch.commands import ablations, benchmarks, data, pictures, recipes, report, training, weights
 from launch.environment import die_with_torchrun
 
-# Before torch is imported: its C++ side would warn of a peer's death in lines of its own beside ours.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Before torch is imported: its C++ side would tell of a peer's death or absence in lines of its own beside ours.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 
 class _Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,23 @@ class RunFolder:
             not self.path.is_dir() or not all(left.fullmatch(path.name) for path in self.path.iterdir())
         ):
             raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only one who trains here; UserError where another process does. The folder is made if need be."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise UserError(f"{self.path}: another process trains there; wait for it, or choose another folder") from None
+        except OSError:  # some network file systems cannot lock a folder
+            pass
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def create(self, run: Run, mean: bytes, manifest: bytes | None = None) -> None:
         """Begin a run here, with the bytes of the shards' mean.npy and manifest.json."""

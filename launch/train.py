@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -77,13 +78,15 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
                  "torch": torch.__version__, "transport": world.transport, "precision": world.precision,
                  "stop_after": options.stop_after, "start": newest.name if newest else None})
     world.connect(run.recipe.towers)
-    if world.leads and not options.resume:
-        folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())
-    try:
-        return trainer.run(newest)
-    except torch.OutOfMemoryError:
-        raise RunFailed(f"{world.device}: out of memory with recipe {run.recipe.name} and a batch of "
-                        f"{run.recipe.batch}; free the device or use a larger one") from None
+    with folder.held() if world.leads else nullcontext():
+        if world.leads and not options.resume:
+            folder.check_new()
+            folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())
+        try:
+            return trainer.run(newest)
+        except torch.OutOfMemoryError:
+            raise RunFailed(f"{world.device}: out of memory with recipe {run.recipe.name} and a batch of "
+                            f"{run.recipe.batch}; free the device or use a larger one") from None
 
 
 def _resumed(folder: RunFolder, recipe: Recipe | None, seed: int | None, epochs: int | None, data: str) -> Run:

@@ -45,7 +45,8 @@ class MomentumSGD(torch.optim.Optimizer):
     """v <- momentum v - weight_decay lr w - lr g ; w <- w + v (Krizhevsky et al. 2012, section 5).
 
     Unlike torch.optim.SGD, whose velocity is in units of the gradient, this velocity carries the
-    learning rate it was made with: after a change of rate the two differ.
+    learning rate it was made with: after a change of rate the two differ. ValueError for parameters that are not
+    contiguous, or neither float32 nor float64.
     """
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9, weight_decay: float = 0.0005):
@@ -57,6 +58,9 @@ class MomentumSGD(torch.optim.Optimizer):
         self._updating = False  # there
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.dtype not in (torch.float32, torch.float64) or not parameter.is_contiguous():
+                    raise ValueError(f"a parameter of {parameter.dtype}, strides {parameter.stride()}: it must be "
+                                     "contiguous, float32 or float64")
                 self.state[parameter]["velocity"] = torch.zeros_like(parameter)
 
     def round(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:

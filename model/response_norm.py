@@ -37,6 +37,8 @@ class LocalResponseNorm(nn.Module):
 
         Arithmetic on half-precision numbers is in single precision: theirs cannot tell 2 from 2.003.
         """
+        if not x.numel():
+            return x
         if (kernel := self._kernel_for(x, relu)) is not None:
             return _FusedResponseNorm.apply(x, kernel)
         if x.dtype in (torch.bfloat16, torch.float16):
@@ -176,7 +178,7 @@ class _ResponseNorm(torch.autograd.Function):
 
 def _blocks(x: Tensor) -> list[slice]:
     images = len(x)
-    if x.device.type == "cpu" and images:
+    if x.device.type == "cpu":
         images = max(1, CACHE_BLOCK_BYTES // (x[0].numel() * x.element_size()))
     return [slice(first, first + images) for first in range(0, len(x), max(1, images))]
 

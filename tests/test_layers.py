@@ -53,6 +53,14 @@ def test_response_norm_equals_torch_with_its_alpha():
     torch.testing.assert_close(ours, torch.nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)(x), rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (2, 4, 3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_response_norm_of_nothing(shape, dtype):
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    LocalResponseNorm(2.0, 5, 1e-4, 0.75, 2)(x, relu=True).sum().backward()
+    assert x.grad.shape == shape
+
+
 @pytest.mark.parametrize("towers, beta", [(1, 0.75), (2, 0.75), (2, 0.6)])
 def test_response_norm_gradient(towers, beta):
     x = (torch.randn(2, 8, 3, 2, dtype=torch.float64) * 3).requires_grad_()

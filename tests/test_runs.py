@@ -296,6 +296,19 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
     fails_with("step-000000025: a checkpoint of another run .recipe differ from", "evaluate", run, shards)
 
 
+def test_two_trainers_in_one_folder(shards, finished, tmp_path):
+    """The second is told so, and leaves the first alone."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file())
+    with RunFolder(run).held():
+        done = subprocess.run([sys.executable, *alexnet("train", shards, run, "--resume", "--device", "cpu")],
+                              capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.endswith(
+        f"alexnet: {run}: another process trains there; wait for it, or choose another folder\n")
+    assert sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file()) == before
+
+
 @pytest.mark.parametrize("processes, options, told", [
     (3, [], "PROCESSES=3: the network has two towers, so 1 or 2"),
     (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),

@@ -44,6 +44,13 @@ def test_update_rule_without_momentum(dtype):
         torch.testing.assert_close(parameter.tolist(), w, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
 
 
+@pytest.mark.parametrize("parameter", [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, 4).t(),
+                                       torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)])
+def test_parameters_that_the_update_does_not_take_are_refused(parameter):
+    with pytest.raises(ValueError, match="it must be contiguous, float32 or float64"):
+        MomentumSGD([parameter.requires_grad_()], lr=0.01)
+
+
 def test_update_rule_is_not_torchs_after_a_change_of_rate():
     ours, theirs = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizers = (MomentumSGD([ours], lr=0.01), torch.optim.SGD([theirs], lr=0.01, momentum=0.9, weight_decay=0.0005))
