@@ -20,6 +20,10 @@ from launch.environment import die_with_torchrun
 
 # Before torch is imported: its C++ side would tell of a peer's death or absence in lines of its own beside ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+# And: threads of OpenMP that wait for each other look so often before they sleep. By its default they look for
+# milliseconds, in which a thread that another program has put off the processor cannot go on.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 class _Failure(click.ClickException):
