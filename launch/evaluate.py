@@ -65,5 +65,5 @@ def evaluate_run(
     if world.leads:
         with suppress(OSError, RunFailed), RunLog(trained.folder.log_path) as log:
             log.write("evaluation", step=trained.step, split=split, views=views, data=data, images=found.images,
-                      top1_error=found.top1, top5_error=found.top5)
+                      precision=world.precision, top1_error=found.top1, top5_error=found.top5)
     return found, trained.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ SKIPPED, RECORDED = 6, 5  # steps; the first ones are not like the others (model
 def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
     """Yield what is to be called after every step; write the trace to `path` after the last recorded one.
 
-    Nothing is recorded without a path. A run that ends before leaves a trace of what there was.
+    Nothing is recorded without a path. A run that ends before leaves a trace of what there was, or says that there was
+    nothing.
     """
     if path is None:
         yield lambda: None
@@ -25,3 +27,5 @@ def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
     with profile(activities=activities, schedule=schedule(wait=SKIPPED - 1, warmup=1, active=RECORDED, repeat=1),
                  on_trace_ready=lambda recorded: recorded.export_chrome_trace(str(path))) as recorder:
         yield recorder.step
+    if not path.exists():
+        print(f"alexnet: --profile records after {SKIPPED} steps, and there were not as many: no trace", file=sys.stderr)

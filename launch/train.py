@@ -18,7 +18,6 @@ from tqdm import tqdm
 from launch import checkpoint, facts
 from launch.errors import RunFailed, UserError
 from launch.evaluate import Errors, error_rates
-from launch.precision import MIXED
 from launch.profiling import profiled
 from launch.progress import check_with_bar
 from launch.run_folder import Run, RunFolder
@@ -28,7 +27,7 @@ from model.optimizer import optimizer_of, set_rates
 from model.recipe import Recipe
 from model.schedule import Moment, Progress
 from model.softmax import first_class
-from model.tower import build, whole_shapes
+from model.tower import whole_shapes
 from model.training import TrainingStep
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import EvaluationLoader, TrainingLoader
@@ -166,10 +165,8 @@ class Trainer:
         return errors
 
     def _build(self, newest: Path | None) -> None:
-        network = build(self.recipe, self.classes, self.identity.seed, self.world.exchange)
         shapes = whole_shapes(self.recipe, self.classes)
-        network.mixed = MIXED.get(self.world.precision)
-        self.network = network.to(self.world.device)
+        self.network = self.world.build(self.recipe, self.classes, self.identity.seed)
         self.optimizer = optimizer_of(self.network, self.recipe)
         self.train_step = TrainingStep(self.network, self.optimizer, first_class(self.classes, self.world.exchange),
                                        self.world.exchange, self.world.graphs)

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from launch import checkpoint, facts
 from launch.errors import UserError
-from launch.precision import MIXED
 from launch.run_folder import Run, RunFolder
 from launch.world import World
 from model.network import AlexNet
 from model.softmax import joined
-from model.tower import build, whole_shapes
+from model.tower import whole_shapes
 from pipeline.batches import views_of
 from pipeline.loader import EvaluationLoader
 from pipeline.manifest import Manifest
@@ -84,8 +83,7 @@ def open_trained(world: World, path: Path, agreed: dict, shards: tuple[Path, Man
 
 def load_network(newest: Path, run: Run, world: World) -> AlexNet:
     """Return this process's part of a checkpoint's network, on its device."""
-    network = build(run.recipe, len(run.wnids), run.seed, world.exchange)
+    network = world.build(run.recipe, len(run.wnids), run.seed)
     checkpoint.load(newest, {name: parameter.detach() for name, parameter in network.named_parameters()},
                     whole_shapes(run.recipe, len(run.wnids)))
-    network.mixed = MIXED.get(world.precision)
-    return network.to(world.device)
+    return network

@@ -23,9 +23,12 @@ from launch.environment import (
 )
 from launch.errors import UserError
 from launch.picture_swap import GlooSwap
-from launch.precision import choose_precision
+from launch.precision import MIXED, choose_precision
 from model.errors import PeerError, reason
 from model.exchange import Exchange
+from model.network import AlexNet
+from model.recipe import Recipe
+from model.tower import build
 
 # Rank 0 may have terabytes to hash before it speaks; if it dies meanwhile, torchrun ends the others.
 FIRST_WORD = timedelta(hours=6)
@@ -78,6 +81,12 @@ class World:
         """Wait until rank 0 has found its input good: a mistake is then told once."""
         if not self.leads:
             self._hear("facts/0", FIRST_WORD)
+
+    def build(self, recipe: Recipe, classes: int, seed: int) -> AlexNet:
+        """Return the whole network, or this process's tower once it is connected, on its device, in its precision."""
+        network = build(recipe, classes, seed, self.exchange)
+        network.mixed = MIXED.get(self.precision)
+        return network.to(self.device)
 
     def _hear(self, key: str, limit: timedelta) -> str:
         try:

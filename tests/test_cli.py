@@ -156,8 +156,8 @@ def test_inspect_says_what_there_is_and_writes_nothing(source, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = alexnet("inspect", source)
     assert done.exit_code == 0 and done.stdout.splitlines() == [
-        f"{source}: ilsvrc2012, 10 classes", "  train: 30 images of 10 classes, 3 to 3 each",
-        "  val: 10 images of 10 classes, 1 to 1 each",
+        f"{source}: ilsvrc2012, 10 classes", "  train: 30 images of 10 classes, 3 each",
+        "  val: 10 images of 10 classes, 1 each",
     ]
     found = json.loads(alexnet("inspect", source, "--json").stdout)
     assert found["layout"] == "ilsvrc2012" and found["splits"]["train"] == {
@@ -170,7 +170,7 @@ def test_inspect_says_that_val_images_will_be_held_out(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"not looked at")
     assert alexnet("inspect", tmp_path).stdout.splitlines() == [
-        f"{tmp_path}: class-folders, 1 classes", "  train: 1 images of 1 classes, 1 to 1 each",
+        f"{tmp_path}: class-folders, 1 classes", "  train: 1 images of 1 classes, 1 each",
         "  val: none; preprocess holds out some of the training images",
     ]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from launch.profiling import RECORDED, SKIPPED, profiled
 from launch.runlog import RunLog, read_log
 
 
@@ -27,3 +30,13 @@ def test_a_whole_log_is_continued_without_a_gap(tmp_path):
 def test_no_path_keeps_nothing():
     with RunLog(None) as log:
         log.write("start")
+
+
+@pytest.mark.parametrize("steps", [3, SKIPPED + RECORDED])
+def test_a_trace_or_a_word_that_there_is_none(tmp_path, capsys, steps):
+    path = tmp_path / "trace.json"
+    with profiled(path) as end_step:
+        for _ in range(steps):
+            end_step()
+    assert path.exists() == (steps > SKIPPED)
+    assert ("there were not as many: no trace" in capsys.readouterr().err) == (steps <= SKIPPED)

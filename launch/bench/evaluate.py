@@ -18,7 +18,6 @@ from launch.evaluate import error_rates
 from launch.precision import MIXED
 from launch.world import World
 from model.recipe import Recipe
-from model.tower import build
 
 VIEWS = 10
 
@@ -37,9 +36,7 @@ def evaluate_speed(world: World, recipe: Recipe, classes: int, batch: int, repea
     world.connect()
     pixels, _ = made_up(replace(recipe, batch=batch * VIEWS), classes, world.device)
     labels = torch.arange(batch, device=world.device) % classes
-    network = build(recipe, classes, 0, world.exchange)
-    network.mixed = mixed = MIXED.get(world.precision)
-    network = network.to(world.device)
+    network, mixed = world.build(recipe, classes, 0), MIXED.get(world.precision)
     contestants: dict[str, Callable[[], object]] = {
         "ours": lambda: error_rates(network, [(pixels, labels)], classes, world)}
     if peers:

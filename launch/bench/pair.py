@@ -28,8 +28,8 @@ def pair_model(world: World, recipe: Recipe, classes: int, repeats: int, link_by
     sent = 2 * sum(map(prod, activations(recipe).values())) * (2 if world.precision in MIXED else 4)
     pixels, labels = made_up(recipe, classes, world.device)
     recipe = replace(recipe, learning_rate=1e-9)  # what the echo teaches is wrong: the weights are to stay as they are
-    steps = {"whole": our_step(world, recipe, classes, None),
-             "tower": our_step(world, recipe, classes, EchoExchange(0, latency_s, link_bytes_per_s))}
+    tower = replace(world, exchange=EchoExchange(0, latency_s, link_bytes_per_s))
+    steps = {"whole": our_step(world, recipe, classes), "tower": our_step(tower, recipe, classes)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM_UP + repeats):
         for name, step in steps.items():

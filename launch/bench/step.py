@@ -14,11 +14,9 @@ from launch.bench.report import beside, result, spread
 from launch.bench.step_peers import StockStep, stock, torchvision_shape
 from launch.precision import MIXED
 from launch.world import World
-from model.exchange import Exchange
 from model.optimizer import optimizer_of
 from model.recipe import Recipe
 from model.softmax import first_class
-from model.tower import build
 from model.training import TrainingStep
 
 WARM_UP = 2  # measurements
@@ -40,7 +38,7 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
     pixels, labels = made_up(recipe, classes, world.device)
     contestants: dict[str, Callable[[int], object]] = {}
     mixed = MIXED.get(world.precision)
-    train_step = our_step(world, recipe, classes, world.exchange)
+    train_step = our_step(world, recipe, classes)
     contestants["ours"] = lambda number: train_step(pixels, labels, number)
     if peers and world.size == 1:
         for name, peer in (("stock", stock(recipe, classes)), ("torchvision_shape", torchvision_shape(classes))):
@@ -74,12 +72,11 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
         **({"transport": world.transport, "waiting_for_peer": spread(shares)} if shares else {}))
 
 
-def our_step(world: World, recipe: Recipe, classes: int, exchange: Exchange | None) -> TrainingStep:
-    """Return a step of the whole network, or of the tower at this end of `exchange`."""
-    network = build(recipe, classes, 0, exchange)
-    network.mixed = MIXED.get(world.precision)
-    network = network.to(world.device)
-    return TrainingStep(network, optimizer_of(network, recipe), first_class(classes, exchange), exchange, world.graphs)
+def our_step(world: World, recipe: Recipe, classes: int) -> TrainingStep:
+    """Return a step of the whole network, or of the tower at this end of the world's exchange."""
+    network = world.build(recipe, classes, 0)
+    return TrainingStep(network, optimizer_of(network, recipe), first_class(classes, world.exchange), world.exchange,
+                        world.graphs)
 
 
 def step_seconds(step: Callable[[int], object], number: int, device: torch.device) -> float:

@@ -61,8 +61,8 @@ def inspect(source: Path, check_md5: bool, as_json: bool) -> None:
     click.echo(f"{source}: {found.layout}, {len(found.classes)} classes")
     for name, split in splits.items():
         refused = f", {split.refused} entries that will not be read" if split.refused else ""
-        click.echo(f"  {name}: {split.images} images of {split.classes} classes, {split.fewest} to {split.most} each"
-                   f"{refused}")
+        each = f"{split.fewest} to {split.most}" if split.fewest < split.most else split.most
+        click.echo(f"  {name}: {split.images} images of {split.classes} classes, {each} each{refused}")
     if "val" not in splits:
         click.echo("  val: none; preprocess holds out some of the training images")
     for line in found.missing:

@@ -53,7 +53,7 @@ def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed
         errors = train(world, shards_here(shards, cache), folder, chosen, seed if resume else seed or 0, epochs,
                        options)
     if world.leads:
-        last = f"validation top-1 error {errors.top1:.2%}, top-5 {errors.top5:.2%}; " if errors else ""
+        last = f"last validation's top-1 error {errors.top1:.2%}, top-5 {errors.top5:.2%}; " if errors else ""
         click.echo(f"{run}: {last}log {folder.log_path}, checkpoints {folder.checkpoints}", err=True)
 
 

@@ -80,9 +80,10 @@ def _data(folder: RunFolder, run: Run) -> dict | None:
 
 
 def _evaluations(records: list[dict]) -> list[dict]:
-    """The last one of each kind: split, views and step."""
-    found = [record for record in records if record["event"] == "evaluation"]
-    return list({(one["split"], one["views"], one["step"], one["data"]): one for one in found}.values())
+    """The last one of each kind: split, views, step and precision, which earlier versions did not write down."""
+    found = [{"precision": None, **record} for record in records if record["event"] == "evaluation"]
+    return list({tuple(one[key] for key in ("split", "views", "step", "data", "precision")): one
+                 for one in found}.values())
 
 
 def _speed(records: list[dict]) -> dict | None:
