@@ -7,7 +7,6 @@ receiver's stream waits for it; the hosts say no more to each other than that it
 from __future__ import annotations
 
 import json
-from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.distributed import Store
 
 from model.errors import PeerError, reason
 from model.exchange import Exchange, Pending, from_wire
+from model.exchange.meeting import swapped
 from model.exchange.signals import Signals
 
 BUFFERS = 2  # of each message: the sender may be one swap ahead of what the receiver still reads
@@ -33,7 +33,7 @@ class CudaIpcExchange(Exchange):
         gpu = str(torch.cuda.get_device_properties(device).uuid)
         # Two processes have a GPU in turn. One whose stream waits for the other's event would keep it for its whole
         # turn, some 2 ms, with nothing to do; so there the host waits, and nothing is queued meanwhile.
-        self._one_gpu = _swapped(self, {"gpu": gpu}, "gpu")["gpu"] == gpu
+        self._one_gpu = swapped(store, tower, "gpu", gpu, timeout_s) == gpu
         self._slots: dict[tuple, _Slot] = {}
         self._begun = 0
 
@@ -67,7 +67,8 @@ class _Slot:
             mine = about | self._shared()
         except RuntimeError as error:
             mine = about | {"failed": reason(error)}
-        theirs = _swapped(exchange, mine, f"slot/{len(exchange._slots)}")
+        theirs = json.loads(swapped(exchange._store, exchange.tower, f"slot/{len(exchange._slots)}", json.dumps(mine),
+                                    exchange._timeout_s))
         if any(theirs[key] != value for key, value in about.items()):
             raise PeerError(f"the towers are out of step: this one is at {name}, the other at {theirs['name']}")
         try:
@@ -104,19 +105,6 @@ class _Slot:
         self.outbox[buffer].copy_(x)
         self.sent[buffer].record()
         return self.inbox[buffer], self.received[buffer]
-
-
-def _swapped(exchange: CudaIpcExchange, mine: dict, key: str) -> dict:
-    """Give `mine` to the peer through the store and return the peer's."""
-    store, limit = exchange._store, timedelta(seconds=exchange._timeout_s)
-    keys = [f"{key}/{tower}" for tower in (exchange.tower, 1 - exchange.tower)]
-    store.set(keys[0], json.dumps(mine))
-    try:
-        store.wait([keys[1]], limit)
-    except RuntimeError as error:
-        raise PeerError(f"the other tower died, or sent nothing for {exchange._timeout_s:g} s (waiting for {key}: "
-                        f"{reason(error)})") from None
-    return json.loads(store.get(keys[1]))
 
 
 class _Message:

@@ -17,6 +17,7 @@ from torch.distributed import Store, register_rendezvous_handler, rpc
 from model.errors import PeerError, reason
 from model.exchange import Exchange, Pending, from_wire, to_wire
 from model.exchange.mailbox import Mailbox
+from model.exchange.meeting import swapped
 
 # What the peer's calls reach in this process. Set before RPC starts, so no message finds it missing.
 _inbox: Mailbox
@@ -68,8 +69,8 @@ class RpcExchange(Exchange):
         options = _options(timeout_s, idle_cores)
         # init_rpc itself would wait 24 days for a peer that stopped just before it.
         rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=timeout_s)
+        peer_device = torch.device(swapped(store, tower, "device", str(device), timeout_s))
         try:
-            peer_device = _peer_device(store, tower, device, timeout_s)
             if device.type == "cuda" and not staged:
                 options.set_device_map(self._peer, {device: peer_device})
             with warnings.catch_warnings():  # of torch about its own call (pytorch issue 149393)
@@ -112,13 +113,6 @@ class _Message:
         exchange = self.exchange
         wire = exchange._inbox.take(self.number, self.name, exchange._timeout_s)
         return from_wire(wire.to(exchange._device) if exchange._staged else wire)
-
-
-def _peer_device(store: Store, tower: int, device: torch.device, timeout_s: float) -> torch.device:
-    """Tell the peer this tower's device and return the peer's."""
-    store.set(f"device/{tower}", str(device))
-    store.wait([f"device/{1 - tower}"], timedelta(seconds=timeout_s))
-    return torch.device(store.get(f"device/{1 - tower}").decode())
 
 
 def _options(timeout_s: float, idle_cores: bool) -> rpc.TensorPipeRpcBackendOptions:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import select
 import time
 import zlib
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 from torch.distributed import Store
 
 from model.errors import PeerError, reason
+from model.exchange.meeting import swapped
 
 RING = 64  # a process is never so many messages ahead: each is a swap
 EAGER_LOOKS = 2000  # about a millisecond; then the processor is left to others between looks
@@ -25,22 +25,19 @@ class Signals:
     def __init__(self, store: Store, rank: int, timeout_s: float):
         """`store` is both processes'. PeerError if the other does not come within `timeout_s`."""
         self._rank, self._timeout_s = rank, timeout_s
-        store.set(f"pid/{rank}", str(os.getpid()))
         try:
             if rank == 0:
-                with open(os.memfd_create("alexnet"), "r+b") as file:  # which a kill cannot leave behind
-                    os.posix_fallocate(file.fileno(), 0, 2 * (1 + RING) * 8)  # now: later a lack of memory is SIGBUS
-                    memory = mmap.mmap(file.fileno(), 0)
-                    store.set("signals", f"/proc/{os.getpid()}/fd/{file.fileno()}")
-                    store.wait(["signals opened"], timedelta(seconds=timeout_s))
-            else:
-                store.wait(["signals"], timedelta(seconds=timeout_s))
-                with Path(store.get("signals").decode()).open("r+b") as file:
-                    memory = mmap.mmap(file.fileno(), 0)
-                store.set("signals opened", "")
-            store.wait([f"pid/{1 - rank}"], timedelta(seconds=timeout_s))
-            self._peer = os.pidfd_open(int(store.get(f"pid/{1 - rank}")))
-        except (RuntimeError, OSError, AttributeError) as error:  # a Python may lack pidfd_open
+                file = open(os.memfd_create("alexnet"), "r+b")  # which a kill cannot leave behind
+                os.posix_fallocate(file.fileno(), 0, 2 * (1 + RING) * 8)  # now: later a lack of memory is SIGBUS
+            place = file.fileno() if rank == 0 else None
+            peer, place = json.loads(swapped(store, rank, "signals", json.dumps([os.getpid(), place]), timeout_s))
+            if rank == 1:
+                file = open(f"/proc/{peer}/fd/{place}", "r+b")
+            with file:
+                memory = mmap.mmap(file.fileno(), 0)
+                swapped(store, rank, "signals opened", "", timeout_s)
+            self._peer = os.pidfd_open(peer)
+        except (OSError, AttributeError) as error:  # a Python may lack pidfd_open
             raise PeerError(f"no connection to the other tower ({reason(error)})") from None
         words = np.frombuffer(memory, np.int64).reshape(2, 1 + RING)  # of each process: the last number, then names
         self._mine, self._theirs = words[rank], words[1 - rank]
