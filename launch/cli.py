@@ -18,7 +18,8 @@ from launch import __version__
 from launch.commands import ablations, benchmarks, data, pictures, recipes, report, training, weights
 from launch.environment import die_with_torchrun
 
-# Before torch is imported: its C++ side would tell of a peer's death or absence in lines of its own beside ours.
+# Before torch is imported: its C++ side would tell of a peer's death or absence in lines of its own beside ours. (What
+# NCCL's watchdog has to say is hidden with them; the exchange has a time-out of its own.)
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 # And: threads of OpenMP that wait for each other look so often before they sleep. By its default they look for
 # milliseconds, in which a thread that another program has put off the processor cannot go on.

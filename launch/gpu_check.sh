@@ -2,8 +2,8 @@
 # Try and measure everything on a host with GPUs, in some ten minutes:  bash launch/gpu_check.sh SHARDS OUT
 #
 # Needs no network. Each part leaves its output in OUT, and OUT/PART.done where it went well; what has that, of the same
-# commit, shards and settings, is not run again, so start the same command again after a stop. OUT/summary.txt has a line
-# a part.
+# commit, hardware, shards and settings, is not run again, so start the same command again after a stop. OUT/summary.txt
+# has a line a part.
 # PARTS="tests bench" runs these alone; RECIPE, PRECISION, TRANSPORT and STEPS say what is measured, LIMIT_S (400) ends a
 # part, DEVICE=cpu tries the script where there is no GPU.
 set -uo pipefail
@@ -59,15 +59,17 @@ bench() {
         --device "$device" --transport "$transport"
 }
 
-commit=$("$python" -c 'from launch import facts; print(facts.commit())')
-settings="$commit $(sha256sum < "$shards/manifest.json") $device $recipe $precision $transport $steps"
+known=$("$python" -c 'import torch; from launch import facts
+print(facts.commit(), facts.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")))')
+settings="$known $(sha256sum < "$shards/manifest.json") $device $recipe $precision $transport $steps"
 export -f host tests train bench
 export root shards out python device recipe precision transport steps settings
 guard=()  # has a part end when this script is killed
 command -v setpriv > /dev/null && guard=(setpriv --pdeathsig TERM)
 failed=0
 for part in $parts; do
-    if [ "$(cat "$out/$part.done" 2> /dev/null)" != "$settings" ]; then
+    # Of a commit that nobody knows, or that files differ from ("+"), nothing is known.
+    if [ "$(cat "$out/$part.done" 2> /dev/null)" != "$settings" ] || [[ $known =~ ^(None|[0-9a-f]*\+)\  ]]; then
         rm -f "$out/$part.done"
         echo "$part ..." >&2
         "${guard[@]}" timeout --kill-after=10 "$limit" bash -c "$part" > "$out/$part.txt" 2>&1 &

@@ -16,10 +16,10 @@ _PROGRAM = "from launch.environment import die_with_parent; die_with_parent({});
 def alexnet(processes: int, *words: str | Path, stderr: int | None = None) -> subprocess.CompletedProcess:
     """Run `alexnet WORDS`, under torchrun where there are several processes; keep what it prints on stdout.
 
-    `stderr` as in subprocess.run: None lets it through.
+    It runs in the project's folder, for Python would import what lies in the user's: paths must be absolute. `stderr`
+    as in subprocess.run: None lets it through.
     """
     torchrun = ["--standalone", "--nproc-per-node", str(processes), "-m", "launch.cli"] if processes > 1 else []
     program = _PROGRAM.format(os.getpid(), "launch.torchrun" if processes > 1 else "launch.cli")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run([sys.executable, "-c", program, *torchrun, *map(str, words)], stdout=subprocess.PIPE,
-                          stderr=stderr, text=True, env={**os.environ, "PYTHONPATH": path})
+                          stderr=stderr, text=True, cwd=ROOT)

@@ -23,6 +23,7 @@ def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
     if path is None:
         yield lambda: None
         return
+    path.unlink(missing_ok=True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities, schedule=schedule(wait=SKIPPED - 1, warmup=1, active=RECORDED, repeat=1),
                  on_trace_ready=lambda recorded: recorded.export_chrome_trace(str(path))) as recorder:

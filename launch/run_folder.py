@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from launch import checkpoint
 from launch.errors import UserError
 from model.errors import RecipeError, reason
 from model.recipe import Recipe
-from pipeline.files import sha256_of, write_durably
+from pipeline.files import locked, sha256_of, write_durably
 from pipeline.manifest import FILE_NAME
 
 
@@ -59,7 +57,8 @@ class RunFolder:
         """UserError where the folder holds anything already, but for what a kill during `create` left."""
         left = re.compile(r"mean\.npy|manifest\.json|(mean\.npy|manifest\.json|run\.json)\.[0-9a-f]{8}\.tmp")
         if self.path.exists() and (
-            not self.path.is_dir() or not all(left.fullmatch(path.name) for path in self.path.iterdir())
+            not self.path.is_dir() or not all(left.fullmatch(path.name) or path == self.log_path and
+                                              not path.stat().st_size for path in self.path.iterdir())
         ):
             raise UserError(f"{self.path}: holds files already; choose another folder, or --resume a run")
 
@@ -67,18 +66,13 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Be the only one who trains here; UserError where another process does. The folder is made if need be."""
         self.path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise UserError(f"{self.path}: another process trains there; wait for it, or choose another folder") from None
-        except OSError:  # some network file systems cannot lock a folder
-            pass
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.log_path, wait=False))
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another process trains there; wait for it, or choose another "
+                                "folder") from None
             yield
-        finally:
-            os.close(folder)
 
     def create(self, run: Run, mean: bytes, manifest: bytes | None = None) -> None:
         """Begin a run here, with the bytes of the shards' mean.npy and manifest.json."""

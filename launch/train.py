@@ -78,6 +78,8 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
                  "stop_after": options.stop_after, "start": newest.name if newest else None})
     world.connect(run.recipe.towers)
     with folder.held() if world.leads else nullcontext():
+        if world.leads and options.resume and folder.newest_checkpoint(run) != newest:
+            raise UserError(f"{folder.path}: another process has trained there meanwhile; resume again")
         if world.leads and not options.resume:
             folder.check_new()
             folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launch.choice import choose, graphs_by_default
 from launch.environment import (
     die_with_torchrun,
     from_environment,
@@ -23,7 +23,7 @@ from launch.environment import (
 )
 from launch.errors import UserError
 from launch.picture_swap import GlooSwap
-from launch.precision import MIXED, choose_precision
+from launch.precision import MIXED
 from model.errors import PeerError, reason
 from model.exchange import Exchange
 from model.network import AlexNet
@@ -140,26 +140,24 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
                precision: str | None = None, graphs: bool | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
-    `graphs` is whether to replay training steps from CUDA graphs; None: on a GPU, unless RPC would have to swap between
-    them. UserError for more than two processes, or a device, transport or precision that is not to be had here.
+    `graphs` is whether to replay training steps from CUDA graphs; None: as by `graphs_by_default`. UserError for more than two processes, or a device, transport or precision that is not to be had here.
     """
     rank, size = rank_and_size()
     if size > 2:
         raise UserError(f"{size} processes: the network has two towers, so start 1 or 2 (torchrun --nproc-per-node)")
     die_with_torchrun()
     keep_freed_memory()
-    chosen = device_named(device)
-    check_transport(transport, chosen, local_size())
+    chosen, precision = choose(device, transport, precision, local_size())
     if transport == "cuda-ipc" and local_size() != size:
         raise UserError("--transport cuda-ipc joins processes of one host: use rpc")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     threads = threads or max(1, usable_cores() // local_size())
     torch.set_num_threads(threads)
-    precision = choose_precision(precision, chosen)
-    torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN is to try which convolution is fastest
+    torch.backends.cudnn.benchmark = True  # shapes hardly change: cuDNN is to try which convolution is fastest
     if graphs and chosen.type == "cpu":
         raise UserError("--graphs is of GPUs: leave it out, or use --device cuda")
-    if graphs is None:
-        graphs = chosen.type == "cuda" and (size == 1 or transport == "cuda-ipc")
+    graphs = graphs_by_default(chosen, transport, size) if graphs is None else graphs
     world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s),
                   precision=precision, graphs=graphs)
     yield world
@@ -168,30 +166,6 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
         world.exchange.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_transport(transport: str, device: torch.device, processes: int) -> None:
-    """UserError where `transport` cannot join so many processes of this host, on such devices."""
-    if transport in {"cuda": ["gloo"], "cpu": ["nccl", "cuda-ipc"]}[device.type]:
-        raise UserError(f"--transport {transport} does not move {device.type} tensors: use rpc")
-    if transport == "nccl" and torch.cuda.device_count() < processes:
-        raise UserError("--transport nccl needs a GPU for each process: use rpc")
-
-
-def device_named(name: str | None) -> torch.device:
-    """Return this process's device, for --device's "cpu", "cuda", "cuda:N" or None; UserError for others."""
-    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: there is cpu, cuda, and cuda:0, cuda:1, ...")
-    if name == "cpu" or name is None and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu")
-    if name in (None, "cuda"):  # a GPU a process; where there are fewer they share
-        name = f"cuda:{from_environment('LOCAL_RANK', 0, 0, 1 << 20) % torch.cuda.device_count()}"
-    if torch.device(name).index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
-    torch.cuda.set_device(torch.device(name))
-    return torch.device(name)
 
 
 def _store(rank: int, size: int, timeout_s: float) -> dist.Store | None:

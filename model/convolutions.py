@@ -41,13 +41,8 @@ class ImageConv2d(nn.Conv2d):
         return F.conv2d(F.pad(images, (0, missing, 0, missing)), self.weight, bias, self.stride)
 
     def laid_out(self, images: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return what `forward` would make of images first: on a GPU their blocks in `dtype`. With `out`, write there.
-
-        Elsewhere, a copy.
-        """
-        if images.is_cuda:
-            return space_to_depth(images, self.stride[0], self.blocks, dtype, out)
-        return images.clone() if out is None else out.copy_(images)
+        """Return the blocks that `forward` would make of images on a GPU first, in `dtype`. With `out`, write there."""
+        return space_to_depth(images, self.stride[0], self.blocks, dtype, out)
 
     def in_blocks(self, images: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the same by blocks of stride x stride places."""

@@ -32,12 +32,15 @@ class JoinedConv2d(nn.Conv2d):
         return _joined(way, self, x, self.weight, self.bias if biased else None)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return [N, K, H', W'] for x and weight of both towers, or of one; without autograd, as the gradients."""
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return that of x, from grad [N, K, H', W']."""
         return self._gradients(grad, x, weight, [True, False, False])[0]
 
     def weight_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
+        """Return those of the weight and, where there is one, of the bias [K]."""
         return self._gradients(grad, x, weight, [False, True, biased])[1:]
 
     def _gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
@@ -56,22 +59,24 @@ class JoinedLinear(Linear):
         return _joined(_SideBySide, self, x, self.factor, self.bias)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return [N, K] for x [N, 2 F]; without autograd, as the gradients."""
         return product(x, weight, bias)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return product(grad, weight.t())
+        """Return that of x, from grad [N, K]."""
+        return product(grad.contiguous(), weight.t())
 
     def weight_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
-        return product(grad.t(), x.t()), grad.sum(0) if biased else None
+        """Return those of the weight and, where there is one, of the bias [K]."""
+        return product(grad.contiguous().t(), x.t()), grad.sum(0) if biased else None
 
 
 def _joined(way: type[_SideBySide | _HalfByHalf], layer: JoinedConv2d | JoinedLinear, x: Tensor, weight: Tensor,
             bias: Tensor | None) -> Tensor:
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # which does not reach into an autograd function
+    if torch.is_autocast_enabled(kind):  # which does not reach the backward pass: it is given what forward multiplied
         x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
-    with torch.autocast(kind, enabled=False):
-        return way.apply(x, weight, bias, layer)
+    return way.apply(x, weight, bias, layer)
 
 
 class _SideBySide(torch.autograd.Function):

@@ -96,7 +96,7 @@ class AlexNet(nn.Module):
             return self._hidden(images, step)
 
     def laid_out(self, images: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return a copy of images in the form that conv1 multiplies; with `out`, an earlier one, written there."""
+        """Return images in the form that conv1 multiplies on a GPU; with `out`, an earlier return, written there."""
         return self.conv1.laid_out(images, self.mixed or images.dtype, out)
 
     def _autocast(self, images: Tensor) -> AbstractContextManager:

@@ -180,7 +180,7 @@ def _blocks(x: Tensor) -> list[slice]:
     images = len(x)
     if x.device.type == "cpu":
         images = max(1, CACHE_BLOCK_BYTES // (x[0].numel() * x.element_size()))
-    return [slice(first, first + images) for first in range(0, len(x), max(1, images))]
+    return [slice(first, first + images) for first in range(0, len(x), images)]
 
 
 def _maps_last(x: Tensor) -> Tensor:

@@ -71,13 +71,12 @@ def test_exchange_of_every_message():
 
 
 def test_two_devices_are_modelled_from_what_was_measured():
-    found = bench("pair", "--recipe", "tiny", "--classes", 2, "--repeats", 1, "--link-gb-s", 0.5, "--latency-us", 1000)
+    found = bench("pair", "--recipe", "tiny", "--classes", 2, "--repeats", 1, "--latency-us", 100_000)
     forward = TINY.batch * (TINY.kernels[1] // 2 * 169 + TINY.kernels[4] // 2 * 36 + sum(TINY.neurons) // 2)
     assert found["sent_bytes"] == 2 * 4 * forward
     whole, tower = found["whole"]["median"], found["tower"]["median"]
     assert found["speed_up"]["median"] == pytest.approx(tower / whole, rel=2e-3)
-    # Forward nothing hides a message, and those of the loss and of four gradients have little to hide behind.
-    assert TINY.batch / tower > 5 * 1e-3 + found["sent_bytes"] / 2 / 0.5e9
+    assert TINY.batch / tower > 5 * 0.1  # of nine messages; the step itself takes half of one
 
 
 def test_an_echo_comes_when_a_link_would_have_brought_it():
@@ -85,8 +84,8 @@ def test_an_echo_comes_when_a_link_would_have_brought_it():
     began = time.perf_counter()
     echo = exchange.begin(x, "conv3")
     time.sleep(0.06)  # as the tower computes
-    assert torch.equal(exchange.received(echo), x) and 0.1 <= time.perf_counter() - began < 0.15
-    assert exchange.waited_s < 0.045
+    assert torch.equal(exchange.received(echo), x) and time.perf_counter() - began >= 0.1
+    assert exchange.waited_s < time.perf_counter() - began - 0.055  # what was computed meanwhile is no waiting
 
 
 def test_evaluate_and_lrn():
@@ -180,7 +179,8 @@ def test_mistakes_of_two_processes_are_told():
 
 def gpu_check(*arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", ROOT / "launch" / "gpu_check.sh", *arguments], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "PYTHON": sys.executable, **environment})
+                          timeout=120, env={**os.environ, "PYTHON": sys.executable, "GIT_DIR": os.devnull,
+                                            "ALEXNET_COMMIT": "0a1b2c", **environment})
 
 
 def test_gpu_check_keeps_what_went_well(tmp_path):
@@ -198,8 +198,9 @@ def test_gpu_check_keeps_what_went_well(tmp_path):
     again = gpu_check(shards, out, DEVICE="cpu", PARTS="host")
     assert again.returncode == 0 and "host ..." not in again.stderr
     assert sorted((out / "summary.txt").read_text().splitlines()) == sorted(lines)
-    other = gpu_check(shards, out, DEVICE="cpu", PARTS="host", STEPS="5")
-    assert other.returncode == 0 and "host ..." in other.stderr
+    for other in ({"STEPS": "5"}, {"ALEXNET_COMMIT": "0a1b2c+"}, {"ALEXNET_COMMIT": "0a1b2c+"}, {"ALEXNET_COMMIT": ""}):
+        done = gpu_check(shards, out, DEVICE="cpu", PARTS="host", **other)
+        assert done.returncode == 0 and "host ..." in done.stderr, other
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -128,7 +128,7 @@ def test_a_replay_is_given_the_batch_and_the_masks(monkeypatch):
         given.append(captured(passes, PIXELS + number, LABELS + number, number))
     assert calls == list(range(EAGER_CALLS + 1))  # the last of them recorded
     assert Graph.log.count("graph 0") == 3
-    assert torch.equal(captured._images, PIXELS + number) and torch.equal(captured._labels, LABELS + number)
+    assert torch.equal(captured._images, network.laid_out(PIXELS + number)) and torch.equal(captured._labels, LABELS + number)
     drop6, drop7 = (layer for layer in network.modules() if isinstance(layer, Dropout))
     for layer, mask in zip((drop6, drop7), captured._masks):
         assert torch.equal(mask, layer.draw(torch.empty_like(mask), number)) and layer.drawn is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import joined
 from model.errors import PeerError
-from model.exchange.local import local_pair
+from model.exchange.local import EchoExchange, local_pair
 from model.exchange.mailbox import Mailbox
 from model.joined import JoinedConv2d, JoinedLinear, _Swap
 from model.softmax import cross_entropy, probabilities, rank_of_label
@@ -74,6 +76,22 @@ JOINED = {  # layers and their input's shape
     "linear": (lambda exchange: JoinedLinear(12, 4, exchange, "layer"), (2, 6)),
     "convolution": (lambda exchange: JoinedConv2d(6, 4, 3, 1, 1, exchange, "layer"), (2, 3, 5, 5)),
 }
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_a_swap_leaves_nothing_behind(kind):
+    """Not even for the garbage collector: what a node holds is as large as a batch's activations."""
+    build, shape = JOINED[kind]
+    layer = build(EchoExchange(0))
+    gc.disable()
+    try:
+        y = layer(torch.randn(shape, requires_grad=True))
+        y.sum().backward()
+        left = weakref.ref(y.grad_fn)
+        del y
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", JOINED)

@@ -332,8 +332,10 @@ def test_gpu_pixels_are_the_cpus(store, batches, request):
     with torch.cuda.stream(stream):
         on_gpu = take(TrainingLoader(images, MEAN, batches, device="cuda", threads=6), 8)
         on_gpu += list(EvaluationLoader(images, MEAN, 10, batch_size=8, device="cuda:0"))
+        on_gpu += list(EvaluationLoader(images, MEAN, 1, batch_size=8, device="cuda:0", threads=6))
     stream.synchronize()
     on_cpu = take(TrainingLoader(images, MEAN, batches), 8) + list(EvaluationLoader(images, MEAN, 10, batch_size=8))
+    on_cpu += list(EvaluationLoader(images, MEAN, 1, batch_size=8))
     assert len(on_gpu) == len(on_cpu)
     for (pixels, labels), (expected, expected_labels) in zip(on_gpu, on_cpu):
         assert_is_for_the_network(pixels, labels, tuple(expected.shape))

@@ -34,7 +34,7 @@ def test_packages_import_only_what_they_may(package):
         assert ours <= ALLOWED[package], path
 
 
-@pytest.mark.parametrize("module", ["network", "tower", "layers", "response_norm", "compiled", "cpu_kernels",
+@pytest.mark.parametrize("module", ["network", "tower", "joined", "layers", "response_norm", "compiled", "cpu_kernels",
                                     "convolutions", "captured", "softmax", "optimizer", "training", "recipe",
                                     "schedule", "gpu_kernels/normalisation", "gpu_kernels/elementwise",
                                     "gpu_kernels/device"])
@@ -42,4 +42,4 @@ def test_the_mathematics_knows_no_transport(module):
     names = imported(ROOT / "model" / f"{module}.py")
     assert not any(name.startswith("torch.distributed") for name in names)
     assert not names & {f"model.exchange.{transport}" for transport in
-                        ("rpc", "cuda_ipc", "signals", "collectives", "local", "mailbox")}
+                        ("rpc", "cuda_ipc", "signals", "collectives", "local", "mailbox", "meeting")}

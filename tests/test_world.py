@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from launch.errors import UserError
 from launch.train import checksums
-from launch.world import World, device_named, join_world
+from launch.choice import device_named, graphs_by_default
+from launch.world import World, join_world
 from model.errors import PeerError
 from model.recipe import NOTES
 
@@ -92,3 +93,11 @@ def test_nonsense_in_the_environment(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=f"the environment's {variable} is "), join_world("cpu", "rpc", 5, None):
         pass
+
+
+@pytest.mark.parametrize("device, transport, processes, expected", [
+    ("cpu", "rpc", 1, False), ("cpu", "rpc", 2, False), ("cuda", "rpc", 1, True), ("cuda", "cuda-ipc", 2, True),
+    ("cuda", "rpc", 2, False), ("cuda", "rpc-staged", 2, False), ("cuda", "nccl", 2, False),
+])  # fmt: skip
+def test_where_steps_are_graphs(device, transport, processes, expected):
+    assert graphs_by_default(torch.device(device), transport, processes) == expected

@@ -50,6 +50,7 @@ def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: S
     table and the picture are there after the first run and complete after the last. Raises UserError for unknown names
     or another matrix's folder, DataError for unfit shards, RunFailed where a run fails.
     """
+    shards, out = shards.absolute(), out.absolute()
     if rank_and_size()[1] > 1:
         raise UserError("a matrix starts torchrun itself, for every run: start it without torchrun")
     base = recipe_named(recipe)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from launch import facts
+from launch.choice import choose
 from launch.errors import UserError
-from launch.precision import choose_precision
 from launch.processes import alexnet
-from launch.world import check_transport, device_named
 from model.recipe import recipe_named
 from pipeline.files import TEMPORARY, locked, write_durably
 from pipeline.manifest import load_manifest
 
+PARTS = ("lrn", "step", "step-without-lrn", "step-two-processes", "pair", "exchange", "evaluate",
+         "evaluate-two-processes", "loader", "preprocess")
 PAGE, LOCK = "results.md", "lock"
 
 
 def parts(shards: Path | None, images: Path | None, settings: list[str], device: list[str],
           transport: list[str]) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield (name, processes, arguments of `alexnet bench`) of what can be measured with what is given.
+    """Yield (name, processes, arguments of `alexnet bench`) of those PARTS that can be measured with what is given.
 
     `settings` are options of all that run the network, `device` those of the loader, `transport` those of two
     processes.
@@ -49,10 +51,9 @@ def measure_everything(out: Path, shards: Path | None, images: Path | None, reci
     Writes `out`/PART.json, and `out`/results.md of all that are there. `tell` is given a line before each part.
     Raises UserError, RecipeError or DataError before the first for what no part could run with.
     """
+    shards, images = (path and path.absolute() for path in (shards, images))
     recipe_named(recipe)
-    chosen = device_named(device)
-    choose_precision(precision, chosen)
-    check_transport(transport, chosen, processes=2)
+    choose(device, transport, precision, processes=2)
     if shards is not None:
         load_manifest(shards)
     if images is not None and not images.is_dir():
@@ -60,16 +61,19 @@ def measure_everything(out: Path, shards: Path | None, images: Path | None, reci
     device_option = ["--device", device] if device else []
     settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
     asked = list(parts(shards, images, settings, device_option, ["--transport", transport]))
-    _prepare(out, {PAGE, LOCK, *(f"{name}.json" for name, _, _ in parts(out, out, [], [], []))})
-    try:
-        with locked(out / LOCK, wait=False):
-            return _measure_all(out, asked, tell)
-    except BlockingIOError:
-        raise UserError(f"{out}: another `bench all` is at work there; wait for it, or name another folder") from None
+    _prepare(out)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / LOCK, wait=False))
+        except BlockingIOError:
+            raise UserError(f"{out}: another `bench all` is at work there; wait for it, or name another "
+                            "folder") from None
+        return _measure_all(out, asked, tell)
 
 
-def _prepare(out: Path, ours: set[str]) -> None:
+def _prepare(out: Path) -> None:
     """Make the folder; UserError where it holds what is not ours."""
+    ours = {PAGE, LOCK, *(f"{name}.json" for name in PARTS)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in out.iterdir() if path.name not in ours and path.suffix != TEMPORARY]

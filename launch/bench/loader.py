@@ -13,8 +13,8 @@ import torch
 
 from launch.bench import loader_peers
 from launch.bench.report import beside, result, spread
+from launch.choice import device_named
 from launch.environment import usable_cores
-from launch.world import device_named
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import TrainingLoader
 from pipeline.manifest import load_manifest
@@ -35,6 +35,8 @@ def loader_speed(
     plan = TrainingBatches(len(images), batch, 0, Lighting.from_covariance(np.array(manifest.rgb_covariance)))
     mean = np.load(shards / manifest.mean.name, allow_pickle=False)
     device, threads, left_out = device_named(device), threads or usable_cores(), []
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # Nobody prepares more batches than these in advance (torch's DataLoader: two a worker). They are taken before each
     # measurement and not counted, for they cost it nothing; after it there is time to prepare them again, so that no
     # contestant works while another is measured.

@@ -27,13 +27,10 @@ def ablate(shards: str, out: Path, recipe: str, only: str | None, seeds: int, ep
     started again it goes on where it was; with more --seeds or other --only it adds to what is there.
     """
     from launch.ablation.matrix import run_matrix
-    from launch.precision import choose_precision
+    from launch.choice import choose
     from launch.progress import shards_here
-    from launch.world import check_transport, device_named
 
-    device = device_named(process["device"])
-    choose_precision(process["precision"], device)
-    check_transport(process["transport"], device, int(processes))
+    choose(process["device"], process["transport"], process["precision"], int(processes))
     options = [word for name, value in process.items() if value is not None
                for word in (f"--{'timeout' if name == 'timeout_s' else name}", str(value))]
     chosen = [] if only is None else [name.strip() for name in only.split(",")]

@@ -173,6 +173,7 @@ def _in_world(process: dict, measure: Callable[[World], dict]) -> None:
         except RuntimeError as error:  # torch has an error of its own for this on GPUs alone
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            raise RunFailed(f"{world.device}: out of memory; fewer --classes or a smaller --batch take less") from None
+            raise RunFailed(f"{world.device}: out of memory; a smaller recipe, batch or number of classes takes "
+                            "less") from None
     if world.leads:
         click.echo(json.dumps(found))

@@ -60,11 +60,11 @@ class Exchange(ABC):
             return self.recording.swap(x.detach(), name)
         return self.received(self.begin(x.detach(), name))
 
-    def start(self, x: Tensor, name: str) -> Pending | object:
+    def start(self, x: Tensor, name: str) -> object:
         """Begin to swap x; `finish` is to be given what this returns."""
         return (self.recording or self).begin(x.detach(), name)
 
-    def finish(self, started: Pending | object) -> Tensor:
+    def finish(self, started: object) -> Tensor:
         """Return the peer's tensor of a swap that `start` began."""
         return self.received(started) if self.recording is None else self.recording.wait(started)
 

@@ -68,7 +68,7 @@ class _Slot:
         except RuntimeError as error:
             mine = about | {"failed": reason(error)}
         theirs = json.loads(swapped(exchange._store, exchange.tower, f"slot/{len(exchange._slots)}", json.dumps(mine),
-                                    exchange._timeout_s))
+                                    exchange._timeout_s, about=name))
         if any(theirs[key] != value for key, value in about.items()):
             raise PeerError(f"the towers are out of step: this one is at {name}, the other at {theirs['name']}")
         try:

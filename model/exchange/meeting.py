@@ -9,12 +9,15 @@ from torch.distributed import Store
 from model.errors import PeerError, reason
 
 
-def swapped(store: Store, tower: int, key: str, mine: str, timeout_s: float) -> str:
-    """Give `mine` to the other tower under `key` and return its own; PeerError if that does not come in time."""
-    store.set(f"{key}/{tower}", mine)
+def swapped(store: Store, tower: int, key: str, mine: str, timeout_s: float, about: str = "") -> str:
+    """Give `mine` to the other tower under `key` and return its own; PeerError if that does not come in time.
+
+    `about` is what a person would call it; by default the key.
+    """
     try:
+        store.set(f"{key}/{tower}", mine)
         store.wait([f"{key}/{1 - tower}"], timedelta(seconds=timeout_s))
         return store.get(f"{key}/{1 - tower}").decode()
     except RuntimeError as error:
-        raise PeerError(f"no connection to the other tower: it died, or said nothing for {timeout_s:g} s (waiting for "
-                        f"{key}: {reason(error)})") from None
+        raise PeerError(f"the other tower died, or said nothing for {timeout_s:g} s (waiting for {about or key}: "
+                        f"{reason(error)})") from None

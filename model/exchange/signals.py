@@ -8,6 +8,7 @@ import os
 import select
 import time
 import zlib
+from contextlib import ExitStack
 
 import numpy as np
 from torch.distributed import Store
@@ -26,14 +27,15 @@ class Signals:
         """`store` is both processes'. PeerError if the other does not come within `timeout_s`."""
         self._rank, self._timeout_s = rank, timeout_s
         try:
-            if rank == 0:
-                file = open(os.memfd_create("alexnet"), "r+b")  # which a kill cannot leave behind
-                os.posix_fallocate(file.fileno(), 0, 2 * (1 + RING) * 8)  # now: later a lack of memory is SIGBUS
-            place = file.fileno() if rank == 0 else None
-            peer, place = json.loads(swapped(store, rank, "signals", json.dumps([os.getpid(), place]), timeout_s))
-            if rank == 1:
-                file = open(f"/proc/{peer}/fd/{place}", "r+b")
-            with file:
+            with ExitStack() as stack:
+                place = None
+                if rank == 0:
+                    file = stack.enter_context(open(os.memfd_create("alexnet"), "r+b"))  # no kill can leave it behind
+                    place = file.fileno()
+                    os.posix_fallocate(place, 0, 2 * (1 + RING) * 8)  # now: later a lack of memory is SIGBUS
+                peer, place = json.loads(swapped(store, rank, "signals", json.dumps([os.getpid(), place]), timeout_s))
+                if rank == 1:
+                    file = stack.enter_context(open(f"/proc/{peer}/fd/{place}", "r+b"))
                 memory = mmap.mmap(file.fileno(), 0)
                 swapped(store, rank, "signals opened", "", timeout_s)
             self._peer = os.pidfd_open(peer)

@@ -81,7 +81,7 @@ class PixelsOnGpu:
         self, source: Callable[[int, int], tuple[list[np.ndarray], Batch]], store: str, mean: np.ndarray, scale: float,
         crop: int, views: Batch | None, batch_size: int, threads: int, device: torch.device,
     ):
-        graphs = min(GRAPHS[store], threads)
+        graphs = min(GRAPHS[store], threads) if views is None else 1  # ten views take much memory, and longer to use
         pixels = {"store": store, "mean": mean, "scale": scale, "crop": crop}
         settings = {"batch_size": batch_size, "num_threads": min(threads // graphs, MOST_THREADS),
                     "device_id": device.index, "prefetch_queue_depth": PREFETCHED_BATCHES}
