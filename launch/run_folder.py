@@ -19,6 +19,9 @@ from pipeline.files import locked, sha256_of, write_durably
 from pipeline.manifest import FILE_NAME
 
 
+IN_USE = "another process trains there; wait for it, or choose another folder"
+
+
 @dataclass(frozen=True)
 class Run:
     """What makes two runs the same: with these equal, every step of them is."""
@@ -53,6 +56,20 @@ class RunFolder:
     def trace_path(self, tower: int) -> Path:
         return self.path / f"trace-tower{tower}.json"
 
+    def in_use(self) -> bool:
+        """Whether another process trains here."""
+        if not self.log_path.is_file():
+            return False
+        try:
+            with locked(self.log_path, wait=False):
+                return False
+        except BlockingIOError:
+            return True
+
+    def is_there(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "run.json").is_file()
+
     def check_new(self) -> None:
         """UserError where the folder holds anything already, but for what a kill during `create` left."""
         left = re.compile(r"mean\.npy|manifest\.json|(mean\.npy|manifest\.json|run\.json)\.[0-9a-f]{8}\.tmp")
@@ -70,8 +87,7 @@ class RunFolder:
             try:
                 stack.enter_context(locked(self.log_path, wait=False))
             except BlockingIOError:
-                raise UserError(f"{self.path}: another process trains there; wait for it, or choose another "
-                                "folder") from None
+                raise UserError(f"{self.path}: {IN_USE}") from None
             yield
 
     def create(self, run: Run, mean: bytes, manifest: bytes | None = None) -> None:

@@ -20,7 +20,7 @@ from launch.errors import RunFailed, UserError
 from launch.evaluate import Errors, error_rates
 from launch.profiling import profiled
 from launch.progress import check_with_bar
-from launch.run_folder import Run, RunFolder
+from launch.run_folder import IN_USE, Run, RunFolder
 from launch.runlog import Interval, RunLog
 from launch.world import World
 from model.optimizer import optimizer_of, set_rates
@@ -71,6 +71,8 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
         wnids, words = zip(*((c.wnid, c.words) for c in manifest.classes))
         run, newest = Run(recipe, seed, list(wnids), list(words), data, manifest.mean.sha256), None
         if world.leads:
+            if folder.in_use():
+                raise UserError(f"{folder.path}: {IN_USE}")
             folder.check_new()
     trainer = Trainer(world, shards, manifest, run, folder, options)
     world.agree({"recipe": run.recipe.to_dict(), "seed": run.seed, "data": data, "code": facts.code_hash(),
@@ -235,6 +237,8 @@ class Trainer:
         return errors
 
     def _save(self) -> None:
+        if self.world.leads and not self.folder.is_there():
+            raise RunFailed(f"{self.folder.path}: removed or renamed while the run went on, which ends here")
         scale = self.train_step.loss_scale
         state = {"progress": asdict(self.progress), "trained_s": self.trained_s,
                  "loss_scale": scale.scale if scale else None, **self.identity.to_dict()}

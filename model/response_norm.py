@@ -25,11 +25,14 @@ class LocalResponseNorm(nn.Module):
     """y_c = x_c / (k + alpha * sum of x_j^2 over the n maps around c)^beta (section 3.3), on [N, C, H, W].
 
     Channels fall into `towers` equal groups and no window crosses from one into the next. Unlike
-    torch's, alpha is not divided by n: the paper's formula to the letter.
+    torch's, alpha is not divided by n: the paper's formula to the letter. ValueError for an even n, and for channels
+    that do not fall into `towers` groups.
     """
 
     def __init__(self, k: float, n: int, alpha: float, beta: float, towers: int):
         super().__init__()
+        if n < 1 or n % 2 == 0 or towers < 1:
+            raise ValueError(f"windows of {n} maps, {towers} groups: n is odd, and there is a group at least")
         self.k, self.n, self.alpha, self.beta, self.towers = k, n, alpha, beta, towers
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
@@ -37,6 +40,8 @@ class LocalResponseNorm(nn.Module):
 
         Arithmetic on half-precision numbers is in single precision: theirs cannot tell 2 from 2.003.
         """
+        if x.shape[1] % self.towers:
+            raise ValueError(f"{x.shape[1]} channels do not fall into {self.towers} equal groups")
         if not x.numel():
             return x
         if (kernel := self._kernel_for(x, relu)) is not None:

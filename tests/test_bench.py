@@ -53,7 +53,7 @@ def test_step_with_an_ablation_has_no_peers():
 
 def test_step_beside_peers_and_limits():
     found = bench("step", "--recipe", "tiny", "--classes", 2, "--steps", 2)
-    assert found["peers"].keys() == {"stock", "torchvision_shape"} and found["images_per_s"]["n"] == 2
+    assert found["peers"].keys() == {"stock"} and found["images_per_s"]["n"] == 2
     seconds = TINY.batch / found["images_per_s"]["median"]
     assert found["of_arithmetic"]["median"] == pytest.approx(found["arithmetic_s"] / seconds, rel=0.5)
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_measured_is_told_first(tmp_path):
     for options, told in ((["--recipe", "big"], "no recipe named 'big'"), (["--device", "gpu"], "--device gpu"),
                           (["--device", "cpu", "--precision", "fp16"], "--precision fp16 is of GPUs"),
                           (["--device", "cpu", "--transport", "nccl"], "--transport nccl does not move cpu tensors"),
-                          (["--device", "cpu", "--images", tmp_path / "none"], "no folder of images there"),
+                          (["--device", "cpu", "--images", tmp_path / "none"], "no JPEG files there"),
                           (["--device", "cpu", "--shards", tmp_path], "manifest.json")):
         done = CliRunner().invoke(cli, ["bench", "all", *map(str, [out, *options])])
         assert done.exit_code == 2 and told in done.stderr and not out.exists(), options
@@ -183,24 +183,46 @@ def gpu_check(*arguments, **environment) -> subprocess.CompletedProcess:
                                             "ALEXNET_COMMIT": "0a1b2c", **environment})
 
 
-def test_gpu_check_keeps_what_went_well(tmp_path):
-    shards, out = tmp_path / "shards", tmp_path / "out"
-    shards.mkdir()
-    assert gpu_check(shards, out).returncode == 2 and not out.exists()  # no manifest
-    (shards / "manifest.json").touch()
-    for odd in ({"PARTS": "host dance"}, {"LIMIT_S": "abc"}, {"LIMIT_S": "0"}, {"STEPS": "-1"}):
-        done = gpu_check(shards, out, DEVICE="cpu", **odd)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists(), odd
-    done = gpu_check(shards, out, DEVICE="cpu", PARTS="host train")
-    assert done.returncode == 1 and (out / "host.done").exists() and not (out / "train.done").exists()
+def test_gpu_check_keeps_what_went_well(shards, tmp_path):
+    out = tmp_path / "out"
+    done = gpu_check(shards, out, DEVICE="cpu", RECIPE="tiny", PARTS="host train", LIMIT_S="1")
+    assert done.returncode == 1 and not (out / "train.done").exists()
+    assert "train: FAILED, ended after LIMIT_S, 1 seconds: " in (out / "summary.txt").read_text()
+    done = gpu_check(shards, out, DEVICE="cpu", RECIPE="tiny", PARTS="host")
+    assert done.returncode == 0 and (out / "host.done").exists()
     lines = (out / "summary.txt").read_text().splitlines()
-    assert lines[0].startswith("host: passed, {") and lines[1].startswith("train: FAILED, alexnet: ")
-    again = gpu_check(shards, out, DEVICE="cpu", PARTS="host")
+    assert lines[0].startswith("train: FAILED, ") and lines[1].startswith("host: passed, {")
+    again = gpu_check(shards, out, DEVICE="cpu", RECIPE="tiny", PARTS="host")
     assert again.returncode == 0 and "host ..." not in again.stderr
-    assert sorted((out / "summary.txt").read_text().splitlines()) == sorted(lines)
-    for other in ({"STEPS": "5"}, {"ALEXNET_COMMIT": "0a1b2c+"}, {"ALEXNET_COMMIT": "0a1b2c+"}, {"ALEXNET_COMMIT": ""}):
-        done = gpu_check(shards, out, DEVICE="cpu", PARTS="host", **other)
-        assert done.returncode == 0 and "host ..." in done.stderr, other
+    assert (out / "summary.txt").read_text().splitlines() == lines
+    held = {path: path.stat().st_mtime for path in out.iterdir()}
+    for other in ({"STEPS": "5"}, {"ALEXNET_COMMIT": "d4e5f6"}, {"PRECISION": "fp32"}):
+        done = gpu_check(shards, out, **{"DEVICE": "cpu", "RECIPE": "tiny", "PARTS": "host", **other})
+        assert done.returncode == 2 and "begun with other settings" in done.stderr, other
+    with locked(out / "lock", wait=False):
+        done = gpu_check(shards, out, DEVICE="cpu", RECIPE="tiny", PARTS="host")
+        assert done.returncode == 2 and "another gpu_check.sh is at work there" in done.stderr
+    assert held == {path: path.stat().st_mtime for path in out.iterdir()}  # nothing was touched
+    for unknown in ("0a1b2c+", ""):
+        for _ in range(2):
+            done = gpu_check(shards, tmp_path / f"of {unknown}", DEVICE="cpu", PARTS="host", ALEXNET_COMMIT=unknown)
+            assert done.returncode == 0 and "host ..." in done.stderr, unknown
+
+
+def test_gpu_check_tells_mistakes_first(shards, tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    (tmp_path / "none").mkdir()
+    (mine / "run-two").mkdir(parents=True)
+    (mine / "run-two" / "mine.txt").touch()
+    for odd in ({"PARTS": "host dance"}, {"PARTS": "*"}, {"LIMIT_S": "abc"}, {"LIMIT_S": "0"}, {"STEPS": "-1"},
+                {"RECIPE": "big"}, {"PRECISION": "fp64"}, {"TRANSPORT": "pigeon"}, {"TRANSPORT": "nccl"},
+                {"DEVICE": "tpu"}, {"PYTHON": "/nope"}):
+        done = gpu_check(shards, out, **{"DEVICE": "cpu", **odd})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists(), (odd, done.stderr)
+    for folders in ((tmp_path / "none", out), (shards, mine), (shards, shards / "manifest.json"), (shards, "")):
+        done = gpu_check(*folders, DEVICE="cpu")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists(), (folders, done.stderr)
+    assert (mine / "run-two" / "mine.txt").exists() and [path.name for path in mine.iterdir()] == ["run-two"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -217,6 +239,7 @@ def test_gpu_check_leaves_nothing_running(shards, tmp_path, how):
     script.send_signal(how)
     _, told = script.communicate(timeout=30)
     assert how == signal.SIGKILL or script.returncode == 130 and told.endswith("alexnet: stopped in train\n")
+    assert how == signal.SIGKILL or not at_work_in(out)
     deadline = time.monotonic() + 15
     while left := at_work_in(out):
         assert time.monotonic() < deadline, left
@@ -243,7 +266,6 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_without_a_gpu(tmp_path):
-    (tmp_path / "manifest.json").touch()
-    done = gpu_check(tmp_path, tmp_path / "out")
+def test_gpu_check_without_a_gpu(shards, tmp_path):
+    done = gpu_check(shards, tmp_path / "out")
     assert done.returncode == 2 and "no CUDA device" in done.stderr

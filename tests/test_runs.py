@@ -296,16 +296,29 @@ def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
     fails_with("step-000000025: a checkpoint of another run .recipe differ from", "evaluate", run, shards)
 
 
+def test_a_folder_that_is_removed_while_the_run_goes_on(shards, tmp_path, monkeypatch):
+    """Ends the run, in place of leaving checkpoints that belong to none."""
+    folder, run = RunFolder(tmp_path / "run"), TINY
+    with join_world("cpu", "rpc", 5, 1) as world:
+        seen = []
+        monkeypatch.setattr("launch.train.RunLog.write", lambda log, event, **_: seen.append(event) or (
+            event == "start" and shutil.rmtree(folder.path)))
+        with pytest.raises(RunFailed, match="run: removed or renamed while the run went on, which ends here"):
+            train(world, shards, folder, run, 0, None, Options(stop_after=1))
+    assert "start" in seen and not folder.checkpoints.exists()
+
+
 def test_two_trainers_in_one_folder(shards, finished, tmp_path):
     """The second is told so, and leaves the first alone."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file())
     with RunFolder(run).held():
-        done = subprocess.run([sys.executable, *alexnet("train", shards, run, "--resume", "--device", "cpu")],
-                              capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.endswith(
-        f"alexnet: {run}: another process trains there; wait for it, or choose another folder\n")
+        for how in (["--resume"], []):
+            done = subprocess.run([sys.executable, *alexnet("train", shards, run, *how, "--device", "cpu")],
+                                  capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 2 and done.stderr.endswith(
+                f"alexnet: {run}: another process trains there; wait for it, or choose another folder\n")
     assert sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file()) == before
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from launch import facts
+from launch.bench.preprocess import jpegs_in
 from launch.choice import choose
+from launch.environment import rank_and_size
 from launch.errors import UserError
 from launch.processes import alexnet
 from model.recipe import recipe_named
-from pipeline.files import TEMPORARY, locked, write_durably
-from pipeline.manifest import load_manifest
+from pipeline.files import TEMPORARY, locked, read_plain, write_durably
+from pipeline.manifest import check_files, load_manifest
 
 PARTS = ("lrn", "step", "step-without-lrn", "step-two-processes", "pair", "exchange", "evaluate",
          "evaluate-two-processes", "loader", "preprocess")
@@ -48,16 +50,19 @@ def measure_everything(out: Path, shards: Path | None, images: Path | None, reci
                        precision: str | None, transport: str, tell: Callable[[str], object]) -> list[str]:
     """Run every part that has no result of this commit, hardware and arguments in `out` yet; return those that failed.
 
-    Writes `out`/PART.json, and `out`/results.md of all that are there. `tell` is given a line before each part.
+    Writes `out`/PART.json, and `out`/results.md of those that this call is for. `tell` is given a line before each part.
     Raises UserError, RecipeError or DataError before the first for what no part could run with.
     """
     shards, images = (path and path.absolute() for path in (shards, images))
+    if rank_and_size()[1] > 1:
+        raise UserError("bench all starts torchrun itself, where a part needs it: start it without torchrun")
     recipe_named(recipe)
     choose(device, transport, precision, processes=2)
     if shards is not None:
-        load_manifest(shards)
-    if images is not None and not images.is_dir():
-        raise UserError(f"{images}: no folder of images there")
+        for split in load_manifest(shards)[0].splits.values():
+            check_files(shards, split.files, hashes=False)
+    if images is not None:
+        jpegs_in(images)
     device_option = ["--device", device] if device else []
     settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
     asked = list(parts(shards, images, settings, device_option, ["--transport", transport]))
@@ -100,6 +105,7 @@ def _measure_all(out: Path, asked: list[tuple[str, int, list[str]]], tell: Calla
             known = measured | wanted
             write_durably(path, (json.dumps(known, indent=1) + "\n").encode())
         found.append(known)
+        write_durably(out / PAGE, markdown(found, failed).encode())
     write_durably(out / PAGE, markdown(found, failed).encode())
     return failed
 
@@ -107,10 +113,11 @@ def _measure_all(out: Path, asked: list[tuple[str, int, list[str]]], tell: Calla
 def _read(path: Path) -> dict:
     """Return what a part found; nothing where it is not there, or damaged."""
     try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        known = json.loads(read_plain(path))
+        markdown([known], [])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
-    return known if isinstance(known, dict) and isinstance(known.get("bench"), str) else {}
+    return known
 
 
 def _measure(processes: int, arguments: list[str]) -> dict | str:

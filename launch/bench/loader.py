@@ -14,7 +14,8 @@ import torch
 from launch.bench import loader_peers
 from launch.bench.report import beside, result, spread
 from launch.choice import device_named
-from launch.environment import usable_cores
+from launch.environment import rank_and_size, usable_cores
+from launch.errors import UserError
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import TrainingLoader
 from pipeline.manifest import load_manifest
@@ -30,6 +31,8 @@ def loader_speed(
     ratio is our images per second divided by the peer's in the same repeat. `source_share` is the share of our
     processor time that goes to Python: finding the images, drawing crops, flips and shifts.
     """
+    if rank_and_size()[1] > 1:
+        raise UserError("bench loader runs in one process: start it without torchrun")
     manifest, _ = load_manifest(shards)
     images = ShardImages(shards, manifest, "train")
     plan = TrainingBatches(len(images), batch, 0, Lighting.from_covariance(np.array(manifest.rgb_covariance)))

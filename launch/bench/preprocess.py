@@ -17,6 +17,15 @@ from pipeline.sources import open_source
 from pipeline.storage import open_storage
 
 
+def jpegs_in(images: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files below a folder, and those that are JPEGs which all contestants read; UserError for none."""
+    files = sorted(path for path in images.rglob("*") if path.is_file())
+    found = [path for path in files if preprocess_peers.decodes(path)]
+    if not found:
+        raise UserError(f"{images}: no JPEG files there")
+    return files, found
+
+
 def preprocess_speed(
     images: Path, total: int, repeats: int, workers: int | None, store: str = "jpeg", peers: bool = True
 ) -> dict:
@@ -28,10 +37,7 @@ def preprocess_speed(
     does not count; a ratio is our images per second divided by theirs in the same repeat. The usual script runs in one
     process, as such scripts do; `usual_bicubic_processes` is as many of them as we have workers.
     """
-    files = sorted(path for path in images.rglob("*") if path.is_file())
-    found = [path for path in files if preprocess_peers.decodes(path)]  # the same images for all
-    if not found:
-        raise UserError(f"{images}: no JPEG files there")
+    files, found = jpegs_in(images)
     workers = workers or usable_cores()
     rates: dict[str, list[float]] = {"ours": []}
     with tempfile.TemporaryDirectory(prefix="alexnet-bench-") as work:

@@ -15,7 +15,7 @@ from launch.bench.step_peers import StockStep, stock, torchvision_shape
 from launch.precision import MIXED
 from launch.world import World
 from model.optimizer import optimizer_of
-from model.recipe import Recipe
+from model.recipe import NOTES, Recipe
 from model.softmax import first_class
 from model.training import TrainingStep
 
@@ -41,7 +41,10 @@ def step_speed(world: World, recipe: Recipe, classes: int, steps: int, peers: bo
     train_step = our_step(world, recipe, classes)
     contestants["ours"] = lambda number: train_step(pixels, labels, number)
     if peers and world.size == 1:
-        for name, peer in (("stock", stock(recipe, classes)), ("torchvision_shape", torchvision_shape(classes))):
+        others = {"stock": stock(recipe, classes)}
+        if recipe.kernels == NOTES.kernels:  # of a width that can be compared
+            others["torchvision_shape"] = torchvision_shape(classes)
+        for name, peer in others.items():
             contestants[name] = _peer_step(StockStep(peer.to(world.device), recipe, mixed), pixels, labels)
     elif peers:
         half = slice(world.rank * recipe.batch // 2, (world.rank + 1) * recipe.batch // 2)

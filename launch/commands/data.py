@@ -45,10 +45,15 @@ def inspect(source: Path, check_md5: bool, as_json: bool) -> None:
 
     Reads labels and lists, not the images; writes nothing. SOURCE as for preprocess.
     """
+    from launch.errors import UserError
     from launch.progress import TaskBars
     from pipeline.inspect import inspect
+    from pipeline.manifest import FILE_NAME
     from pipeline.sources import open_source
 
+    if (source / FILE_NAME).is_file():
+        raise UserError(f"{source}: a run; see `alexnet report`" if (source / "run.json").is_file() else
+                        f"{source}: packed already; `alexnet verify` checks it")
     found = open_source(source)
     with TaskBars() as bars:
         sums = _check_md5(found, bars) if check_md5 else {}

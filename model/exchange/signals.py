@@ -39,7 +39,7 @@ class Signals:
                 memory = mmap.mmap(file.fileno(), 0)
                 swapped(store, rank, "signals opened", "", timeout_s)
             self._peer = os.pidfd_open(peer)
-        except (OSError, AttributeError) as error:  # a Python may lack pidfd_open
+        except (OSError, AttributeError, ValueError) as error:  # a Python may lack pidfd_open
             raise PeerError(f"no connection to the other tower ({reason(error)})") from None
         words = np.frombuffer(memory, np.int64).reshape(2, 1 + RING)  # of each process: the last number, then names
         self._mine, self._theirs = words[rank], words[1 - rank]
