@@ -26,36 +26,7 @@ device=${DEVICE:-cuda} recipe=${RECIPE:-notes} precision=${PRECISION:-bf16}
 transport=${TRANSPORT:-$([ "$device" = cuda ] && echo cuda-ipc || echo rpc)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 shards=$(cd -- "$1" && pwd)
-known=$(cd "$root" && "$python" - "$device" "$transport" "$precision" "$recipe" "$shards" << 'END'
-import sys
-from pathlib import Path
-
-import torch
-
-from launch import facts
-from launch.choice import choose
-from launch.commands.options import PRECISIONS, TRANSPORTS
-from launch.errors import UserError
-from model.errors import RecipeError
-from model.recipe import recipe_named
-from pipeline.errors import DataError
-from pipeline.manifest import check_files, load_manifest
-
-device, transport, precision, recipe, shards = sys.argv[1:]
-try:
-    manifest, _ = load_manifest(Path(shards))
-    for split in manifest.splits.values():
-        check_files(Path(shards), split.files, hashes=False)
-    recipe_named(recipe)
-    for name, value, known in (("TRANSPORT", transport, TRANSPORTS), ("PRECISION", precision, PRECISIONS)):
-        if value not in known:
-            raise UserError(f"{name} is {value}; there are {', '.join(known)}")
-    choose(device, transport, precision, 2)
-except (UserError, RecipeError, DataError) as error:
-    sys.exit(f"alexnet: {error}")
-print(facts.commit(), facts.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-END
-) || exit 2
+known=$(cd "$root" && "$python" -m launch.gpu_check "$shards" "$device" "$transport" "$precision" "$recipe") || exit 2
 settings="$known $(sha256sum < "$shards/manifest.json") $device $recipe $precision $transport $steps"
 
 mkdir -p -- "$2" 2> /dev/null && [ -w "$2" ] || mistake "$2: cannot be written; name another folder"
