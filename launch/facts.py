@@ -59,7 +59,8 @@ def hardware(device: torch.device) -> dict:
 
 
 def command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command line of `alexnet`, whose workers under torchrun have another name."""
+    return " ".join(["alexnet", *sys.argv[1:]])
 
 
 def _cpu_model() -> str:

@@ -169,7 +169,7 @@ def test_two_towers_train_and_resume_on_gpus(shards, tmp_path, transport):
 def test_log_says_what_was_run(finished):
     first, *rest = read_log(finished / "log.jsonl")
     assert first["event"] == "start" and first["recipe"]["name"] == "tiny" and first["processes"] == 2
-    assert "train" in first["command"] and first["versions"]["torch"] == torch.__version__
+    assert first["command"].startswith("alexnet train ") and first["versions"]["torch"] == torch.__version__
     assert {"commit", "code", "hardware", "data", "seed", "transport"} <= first.keys()
     steps = [record for record in rest if record["event"] == "steps"]
     assert steps[-1]["step"] == STEPS
