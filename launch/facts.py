@@ -49,12 +49,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def hardware(device: torch.device) -> dict:
+def hardware(device: torch.device | None) -> dict:
+    """Describe this host, and the GPU that `device` is; None: the one that there is, if any."""
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
     }
 
 

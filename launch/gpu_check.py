@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from launch import facts
 from launch.choice import choose
 from launch.commands.options import PRECISIONS, TRANSPORTS
@@ -23,8 +21,7 @@ from pipeline.manifest import check_files, load_manifest
 
 def main(shards: str, device: str, transport: str, precision: str, recipe: str) -> None:
     try:
-        for split in load_manifest(Path(shards))[0].splits.values():
-            check_files(Path(shards), split.files, hashes=False)
+        check_files(Path(shards), load_manifest(Path(shards))[0].files(), hashes=False)
         recipe_named(recipe)
         for name, value, known in (("TRANSPORT", transport, TRANSPORTS), ("PRECISION", precision, PRECISIONS)):
             if value not in known:
@@ -32,7 +29,7 @@ def main(shards: str, device: str, transport: str, precision: str, recipe: str) 
         choose(device, transport, precision, 2)
     except (UserError, RecipeError, DataError) as error:
         sys.exit(f"alexnet: {error}")
-    print(facts.commit(), facts.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    print(facts.commit(), facts.hardware(None))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Commands of ours, started by one of ours."""
+"""Commands of ours beside one another: started by one of ours, or kept out of a folder by one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from launch.errors import UserError
 from launch.facts import ROOT
+from pipeline.files import locked
 
 # Killed with this process: nothing trains or measures on behind its back.
 _PROGRAM = "from launch.environment import die_with_parent; die_with_parent({}); from {} import main; main()"
@@ -23,3 +27,14 @@ def alexnet(processes: int, *words: str | Path, stderr: int | None = None) -> su
     program = _PROGRAM.format(os.getpid(), "launch.torchrun" if processes > 1 else "launch.cli")
     return subprocess.run([sys.executable, "-c", program, *torchrun, *map(str, words)], stdout=subprocess.PIPE,
                           stderr=stderr, text=True, cwd=ROOT)
+
+
+@contextmanager
+def alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock while the block runs; where another process holds it, a UserError that says `otherwise`."""
+    with ExitStack() as stack:
+        try:  # around no more than this: what the block raises is its own
+            stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            raise UserError(otherwise) from None
+        yield

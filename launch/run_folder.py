@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from launch import checkpoint
 from launch.errors import UserError
+from launch.processes import alone
 from model.errors import RecipeError, reason
 from model.recipe import Recipe
 from pipeline.files import locked, sha256_of, write_durably
@@ -83,11 +84,7 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Be the only one who trains here; UserError where another process does. The folder is made if need be."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.log_path, wait=False))
-            except BlockingIOError:
-                raise UserError(f"{self.path}: {IN_USE}") from None
+        with alone(self.log_path, f"{self.path}: {IN_USE}"):
             yield
 
     def create(self, run: Run, mean: bytes, manifest: bytes | None = None) -> None:

@@ -140,7 +140,8 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
                precision: str | None = None, graphs: bool | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone), and part from them.
 
-    `graphs` is whether to replay training steps from CUDA graphs; None: as by `graphs_by_default`. UserError for more than two processes, or a device, transport or precision that is not to be had here.
+    `graphs` is whether to replay training steps from CUDA graphs; None: as by `graphs_by_default`. UserError for more
+    than two processes, or a device, transport or precision that is not to be had here.
     """
     rank, size = rank_and_size()
     if size > 2:

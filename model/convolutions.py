@@ -49,8 +49,7 @@ class ImageConv2d(nn.Conv2d):
         stride, high = self.stride[0], self.kernel_blocks
         if images.shape[1] == self.in_channels:
             autocast = torch.is_autocast_enabled("cuda")
-            images = space_to_depth(images, stride, self.blocks,
-                                    torch.get_autocast_dtype("cuda") if autocast else images.dtype)
+            images = self.laid_out(images, torch.get_autocast_dtype("cuda") if autocast else images.dtype)
         kernels = F.pad(self.weight, (0, high * stride - self.kernel_size[0]) * 2).unflatten(3, (high, stride))
         kernels = kernels.unflatten(2, (high, stride)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
         return F.conv2d(images, kernels, bias)

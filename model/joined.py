@@ -1,9 +1,9 @@
 """Layers that read both towers: conv3 and the fully connected ones (figure 2).
 
 Each swaps inputs with its twin in the other tower and computes with both halves side by side, as the whole network
-does; a convolution on a CPU, which takes far longer than its input's way, begins with the own half meanwhile. Backward,
-the gradient of the peer's half is computed first and sent; while it and the one in return are on their way, the weight's
-gradient is computed.
+does; a convolution on a CPU, which takes far longer than its input's way, begins with the own half meanwhile.
+Backward, the gradient of the peer's half is computed first and sent; while it and the one in return are on their way,
+the weight's gradient is computed.
 
 Shapes: N images, C channels of one tower, H x W places, F neurons of one tower, K outputs of this one.
 """

@@ -137,8 +137,8 @@ class TrainingLoader:
     later batches never overwrite them. On a GPU they are for the stream that was current when the batch was asked for.
 
     Global step g is step g % steps_per_epoch of epoch g // steps_per_epoch in `batches`, so a loader that starts at
-    step g continues another's batches exactly. The next batches are prepared by up to `threads` threads while the caller
-    computes; `wait_s` adds up the seconds that the caller had to wait for them nevertheless, `source_s` the processor
+    step g continues another's batches exactly. The next batches are prepared by up to `threads` threads while the
+    caller computes; `wait_s` adds up the seconds that it had to wait for them nevertheless, `source_s` the processor
     time in which Python found the images and drew crops, flips and shifts (in the caller's thread).
 
     With `swap` two processes share the decoding of JPEGs on the CPU; both must ask for the same batches, of an even

@@ -11,10 +11,10 @@ from pathlib import Path
 from launch.ablation.table import BASE, Outcome, write_table
 from launch.environment import rank_and_size
 from launch.errors import RunFailed, UserError
-from launch.processes import alexnet
+from launch.processes import alexnet, alone
 from model.ablations import ABLATIONS, ablated
 from model.recipe import recipe_named
-from pipeline.files import TEMPORARY, locked, write_durably
+from pipeline.files import TEMPORARY, write_durably
 from pipeline.manifest import load_manifest
 
 
@@ -65,30 +65,27 @@ def run_matrix(shards: Path, out: Path, recipe: str, epochs: int | None, only: S
         raise UserError(f"{out}: holds files already, and no matrix of ablations; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     Matrix(recipe, epochs or base.epochs, data).write_or_compare(out / "matrix.json")
-    try:
-        with locked(out / "lock", wait=False):
-            failed = []
-            jobs = [(name, seed) for seed in range(seeds) for name in names]
-            for number, (name, seed) in enumerate(jobs, 1):
-                folder = out / "runs" / f"{name}-seed{seed}"
-                if (folder / "errors.json").is_file():
-                    continue
-                print(f"run {number} of {len(jobs)}: {folder}", file=sys.stderr, flush=True)
-                alone = name != BASE and ablated(base, name).towers == 1
-                try:
-                    _run(folder, shards, recipe, name, seed, epochs, 1 if alone else processes, options)
-                except RunFailed as error:  # a changed network may diverge, which is a result too
-                    if name == BASE:
-                        raise
-                    failed.append(str(error))
-                    continue
-                write_table(out)
-            table = write_table(out)
-            if failed:
-                raise RunFailed(f"{table} lacks {len(failed)} of {len(jobs)} runs: {'; '.join(failed)}")
-            return table
-    except BlockingIOError:
-        raise UserError(f"{out}: its matrix is being run already; wait for it, or choose another folder") from None
+    with alone(out / "lock", f"{out}: its matrix is being run already; wait for it, or choose another folder"):
+        failed = []
+        jobs = [(name, seed) for seed in range(seeds) for name in names]
+        for number, (name, seed) in enumerate(jobs, 1):
+            folder = out / "runs" / f"{name}-seed{seed}"
+            if (folder / "errors.json").is_file():
+                continue
+            print(f"run {number} of {len(jobs)}: {folder}", file=sys.stderr, flush=True)
+            one_tower = name != BASE and ablated(base, name).towers == 1
+            try:
+                _run(folder, shards, recipe, name, seed, epochs, 1 if one_tower else processes, options)
+            except RunFailed as error:  # a changed network may diverge, which is a result too
+                if name == BASE:
+                    raise
+                failed.append(str(error))
+                continue
+            write_table(out)
+        table = write_table(out)
+        if failed:
+            raise RunFailed(f"{table} lacks {len(failed)} of {len(jobs)} runs: {'; '.join(failed)}")
+        return table
 
 
 def _run(folder: Path, shards: Path, recipe: str, name: str, seed: int, epochs: int | None, processes: int,

@@ -29,8 +29,8 @@ def evaluate_speed(world: World, recipe: Recipe, classes: int, batch: int, repea
     images in each.
     """
     if peers and batch % world.size:
-        raise UserError(f"--batch {batch}: torch's network has half of the images in each process; give an even number, or "
-                        "--no-peers")
+        raise UserError(f"--batch {batch}: torch's network has half of the images in each process; give an even "
+                        "number, or --no-peers")
     world.agree({"recipe": recipe.to_dict(), "classes": classes, "batch": batch, "repeats": repeats, "peers": peers,
                  "precision": world.precision, "code": facts.code_hash()})
     world.connect()

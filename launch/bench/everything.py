@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 from launch import facts
 from launch.bench.preprocess import jpegs_in
 from launch.choice import choose
 from launch.environment import rank_and_size
 from launch.errors import UserError
-from launch.processes import alexnet
+from launch.processes import alexnet, alone
 from model.recipe import recipe_named
-from pipeline.files import TEMPORARY, locked, read_plain, write_durably
+from pipeline.files import TEMPORARY, read_plain, write_durably
 from pipeline.manifest import check_files, load_manifest
 
 PARTS = ("lrn", "step", "step-without-lrn", "step-two-processes", "pair", "exchange", "evaluate",
@@ -50,7 +47,8 @@ def measure_everything(out: Path, shards: Path | None, images: Path | None, reci
                        precision: str | None, transport: str, tell: Callable[[str], object]) -> list[str]:
     """Run every part that has no result of this commit, hardware and arguments in `out` yet; return those that failed.
 
-    Writes `out`/PART.json, and `out`/results.md of those that this call is for. `tell` is given a line before each part.
+    Writes `out`/PART.json, and `out`/results.md of those that this call is for. `tell` is given a line before each
+    part.
     Raises UserError, RecipeError or DataError before the first for what no part could run with.
     """
     shards, images = (path and path.absolute() for path in (shards, images))
@@ -59,20 +57,14 @@ def measure_everything(out: Path, shards: Path | None, images: Path | None, reci
     recipe_named(recipe)
     choose(device, transport, precision, processes=2)
     if shards is not None:
-        for split in load_manifest(shards)[0].splits.values():
-            check_files(shards, split.files, hashes=False)
+        check_files(shards, load_manifest(shards)[0].files(), hashes=False)
     if images is not None:
         jpegs_in(images)
     device_option = ["--device", device] if device else []
     settings = ["--recipe", recipe, *device_option, *(["--precision", precision] if precision else [])]
     asked = list(parts(shards, images, settings, device_option, ["--transport", transport]))
     _prepare(out)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(out / LOCK, wait=False))
-        except BlockingIOError:
-            raise UserError(f"{out}: another `bench all` is at work there; wait for it, or name another "
-                            "folder") from None
+    with alone(out / LOCK, f"{out}: another `bench all` is at work there; wait for it, or name another folder"):
         return _measure_all(out, asked, tell)
 
 
@@ -90,7 +82,7 @@ def _prepare(out: Path) -> None:
 
 def _measure_all(out: Path, asked: list[tuple[str, int, list[str]]], tell: Callable[[str], object]) -> list[str]:
     commit, failed, found = facts.commit(), [], []
-    hardware = facts.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    hardware = facts.hardware(None)
     for name, processes, arguments in asked:
         path = out / f"{name}.json"
         wanted = {"part": name, "processes_started": processes, "arguments": arguments, "commit": commit}
@@ -101,12 +93,12 @@ def _measure_all(out: Path, asked: list[tuple[str, int, list[str]]], tell: Calla
             measured = _measure(processes, arguments)
             if isinstance(measured, str):
                 failed.append(f"{name}: {measured}")
-                continue
-            known = measured | wanted
-            write_durably(path, (json.dumps(known, indent=1) + "\n").encode())
-        found.append(known)
+            else:
+                found.append(measured | wanted)
+                write_durably(path, (json.dumps(found[-1], indent=1) + "\n").encode())
+        else:
+            found.append(known)
         write_durably(out / PAGE, markdown(found, failed).encode())
-    write_durably(out / PAGE, markdown(found, failed).encode())
     return failed
 
 

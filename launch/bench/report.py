@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-import torch
-
 from launch import facts
 
 
 def result(part: str, unit: str, values: list[float], **settings) -> dict:
     return {"bench": part, unit: spread(values), **settings, "commit": facts.commit(),
-            "hardware": facts.hardware(torch.device("cpu" if not torch.cuda.is_available() else "cuda"))}
+            "hardware": facts.hardware(None)}
 
 
 def beside(ours: list[float], rates: dict[str, list[float]]) -> dict:

@@ -80,7 +80,8 @@ def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peer
 @bench.command("evaluate")
 @RECIPE
 @CLASSES
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1, 4096), help="Images of ten views at a time.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1, 4096),
+              help="Images of ten views at a time.")
 @REPEATS
 @PEERS
 @process_options

@@ -23,7 +23,8 @@ from launch.commands.options import FOLDER, PLACE, Number, cache_option, graphs_
               help="Besides one after every epoch.")
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints kept, the newest.")
 @click.option("--check/--no-check", default=True, help="Hash all shards before the start.")
-@click.option("--profile", is_flag=True, help="Write a trace of five steps after six others, RUN/trace-tower0.json (and 1), for Perfetto.")
+@click.option("--profile", is_flag=True,
+              help="Write a trace of five steps after six others, RUN/trace-tower0.json (and 1), for Perfetto.")
 @cache_option
 @graphs_option
 @process_options
@@ -85,7 +86,8 @@ def evaluate(run: Path, shards: str, split: str, views: str, batch: int, as_json
         return
     if as_json:
         click.echo(json.dumps({"run": str(run), "step": step, "split": split, "views": int(views),
-                               "precision": world.precision, "images": found.images, "top1_error": found.top1, "top5_error": found.top5}))
+                               "precision": world.precision, "images": found.images, "top1_error": found.top1,
+                               "top5_error": found.top5}))
     else:
         click.echo(f"top-1 error {found.top1:.2%}, top-5 error {found.top5:.2%} "
                    f"({found.images} {split} images, {views} view{'s' if views != '1' else ''}, step {step}, "

@@ -15,6 +15,8 @@ from nvidia.dali import fn, types  # noqa: E402
 
 from pipeline.batches import Batch  # noqa: E402
 
+PREFETCHED_BATCHES = 2  # of a graph
+
 # The CPU decoder interpolates colours, as Pillow does, bit for bit; fancy upsampling makes GPU decoders interpolate
 # too. The packer has settled every image's orientation.
 DECODING = {"output_type": types.RGB, "jpeg_fancy_upsampling": True, "adjust_orientation": False}

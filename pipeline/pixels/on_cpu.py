@@ -12,10 +12,8 @@ from nvidia.dali.backend import TensorListCPU
 
 from pipeline.batches import Batch
 from pipeline.manifest import IMAGE_SIZE
-from pipeline.pixels.dali import ANCHOR, DECODING, STORED, Source, fed
+from pipeline.pixels.dali import ANCHOR, DECODING, PREFETCHED_BATCHES, STORED, Source, fed
 from pipeline.pixels.finish import Finisher
-
-PREFETCHED_BATCHES = 2
 
 
 @pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)

@@ -17,19 +17,18 @@ from nvidia.dali.backend import TensorListGPU
 
 from pipeline.batches import Batch
 from pipeline.manifest import IMAGE_SIZE
-from pipeline.pixels.dali import ANCHOR, DECODING, STORED, Source, fed
+from pipeline.pixels.dali import ANCHOR, DECODING, PREFETCHED_BATCHES, STORED, Source, fed
 
 # Graphs that take turns at the batches. Decoding waits for the GPU again and again within a batch: meanwhile others go
 # on (34,000, 41,000 and 46,000 images/s with 1, 2 and 3 on an H200, alone).
 GRAPHS = {"jpeg": 3, "raw": 1}
 MOST_THREADS = 8  # of a graph; more wait for each other
-PREFETCHED_BATCHES = 2  # of a graph
 
 # The share of the JPEG engine is DALI 2.4's default, pinned since it has changed between releases.
 _DECODING = DECODING | {"device": "mixed", "hw_decoder_load": 0.65}
 
 
-@pipeline_def
+@pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
 def _one_crop(source: Source, store: str, mean: np.ndarray, scale: float, crop: int):
     """Float pixels [crop, crop, 3]."""
 
@@ -56,7 +55,7 @@ def _one_crop(source: Source, store: str, mean: np.ndarray, scale: float, crop: 
     return pixels - fn.slice(types.Constant(mean_and_mirror, device="gpu"), start=mean_anchor, **window)
 
 
-@pipeline_def
+@pipeline_def(prefetch_queue_depth=PREFETCHED_BATCHES)
 def _several_crops(source: Source, store: str, mean: np.ndarray, scale: float, crop: int, views: Batch):
     """Float pixels [V, crop, crop, 3], the same V views of every image, those of the one image of `views`."""
     (image,) = fed(lambda: [source()[0]], STORED[store])
@@ -84,7 +83,7 @@ class PixelsOnGpu:
         graphs = min(GRAPHS[store], threads) if views is None else 1  # ten views take much memory, and longer to use
         pixels = {"store": store, "mean": mean, "scale": scale, "crop": crop}
         settings = {"batch_size": batch_size, "num_threads": min(threads // graphs, MOST_THREADS),
-                    "device_id": device.index, "prefetch_queue_depth": PREFETCHED_BATCHES}
+                    "device_id": device.index}
         self._graphs = []
         for number in range(graphs):
             own_source = functools.partial(source, number, graphs)
