@@ -15,7 +15,7 @@ from launch.precision import choose_precision
 
 
 def choose(device: str | None, transport: str, precision: str | None, processes: int) -> tuple[torch.device, str]:
-    """Return device and precision; UserError where one, or `transport` for so many processes of this host, cannot be."""
+    """Return device and precision; UserError where they, or `transport` for so many local processes, cannot be."""
     chosen = device_named(device)
     if transport in {"cuda": ["gloo"], "cpu": ["nccl", "cuda-ipc"]}[chosen.type]:
         raise UserError(f"--transport {transport} does not move {chosen.type} tensors: use rpc")
