@@ -15,8 +15,9 @@ import traceback
 import click
 
 from launch import __version__
-from launch.commands import ablations, benchmarks, data, pictures, recipes, report, training, weights
-from launch.environment import die_with_torchrun
+from launch.commands import ablations, benchmarks, data, doctor, pictures, recipes, report, training, watch, weights
+from launch.environment import die_with_torchrun, end_job, end_stopped_siblings, tell_ending
+from launch.errors import STOPPED
 
 # Before torch is imported: its C++ side would tell of a peer's death or absence in lines of its own beside ours. (What
 # NCCL's watchdog has to say is hidden with them; the exchange has a time-out of its own.)
@@ -28,9 +29,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 class _Failure(click.ClickException):
-    def __init__(self, message: str, exit_code: int):
+    """`final`: started anew, the job would fail in the same way."""
+
+    def __init__(self, message: str, exit_code: int, final: bool = False):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.final = exit_code, final
 
     def show(self, file=None) -> None:
         click.echo("alexnet: " + " ".join(self.message.splitlines()), err=True)
@@ -40,16 +43,21 @@ class _Commands(click.Group):
     """Turns the errors that the packages raise for users into one line and an exit code."""
 
     def invoke(self, context: click.Context):
-        from launch.errors import RunFailed, UserError
+        from launch.errors import OutOfMemory, RunFailed, Stopped, UserError
         from model.errors import PeerError, RecipeError
         from pipeline.errors import DataError, PreprocessError
 
         try:
             return super().invoke(context)
         except (UserError, DataError, RecipeError) as error:
-            raise _Failure(str(error), 2) from None
-        except (PeerError, PreprocessError, RunFailed) as error:
+            raise _Failure(str(error), 2, final=True) from None
+        except Stopped as error:
+            tell_ending(STOPPED)
+            raise _Failure(str(error), STOPPED) from None
+        except (PeerError, PreprocessError, OutOfMemory) as error:
             raise _Failure(str(error), 1) from None
+        except RunFailed as error:
+            raise _Failure(str(error), 1, final=True) from None
         except BrokenPipeError:  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
             context.exit(1)
@@ -68,9 +76,14 @@ def cli() -> None:
 for command in (
     data.sample, data.inspect, data.preprocess, data.verify, recipes.recipes, training.train, training.evaluate,
     pictures.predict, pictures.similar, pictures.figures, report.report, ablations.ablate, weights.export,
-    weights.import_, benchmarks.bench,
+    weights.import_, benchmarks.bench, doctor.doctor, watch.watch,
 ):
     cli.add_command(command)
+
+
+def _of_another(message: str) -> bool:
+    """Whether an error is about another process."""
+    return "other tower" in message or "another process" in message or "other processes" in message
 
 
 def main() -> None:
@@ -86,18 +99,24 @@ def main() -> None:
     try:
         code = cli.main(prog_name="alexnet", standalone_mode=False) or 0
     except click.ClickException as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or "other tower" in error.message):
-            # Most likely rank 0 fails of the same, or the other tower failed first and has told why:
+        leads = os.environ.get("RANK", "0") == "0"
+        if error.exit_code == STOPPED and not leads:
+            os._exit(STOPPED)  # all were stopped; rank 0 says so
+        if "TORCHELASTIC_RUN_ID" in os.environ and (not leads or _of_another(error.message)):
+            # Most likely rank 0 fails of the same, or the other process failed first and has told why:
             # torchrun ends this process while it waits, and what went wrong is told once.
-            time.sleep(5)
+            end_stopped_siblings()
+            time.sleep(5 if _of_another(error.message) else 20)
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.ctx.get_help(), err=True)
             sys.exit(error.exit_code)
         if isinstance(error, click.UsageError):
             where = error.ctx.command_path if error.ctx else "alexnet"
-            error = _Failure(f"{error.format_message()} See `{where} --help`.", error.exit_code)
+            error = _Failure(f"{error.format_message()} See `{where} --help`.", error.exit_code, final=True)
         error.show()
         code = error.exit_code
+        if getattr(error, "final", False):
+            end_job(code)
     except click.Abort:
         click.echo("alexnet: stopped", err=True)
         code = 130

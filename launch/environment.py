@@ -6,11 +6,15 @@ import ctypes
 import os
 import re
 import signal
+import time
+from contextlib import suppress
+from pathlib import Path
 
 from launch.errors import UserError
 
 
 LAUNCHER = "ALEXNET_LAUNCHER"  # launch.torchrun's process: a worker whose parent is another has lost it
+ENDING = "ALEXNET_ENDING"  # a file in which a worker tells launch.torchrun the exit code that the job is to have
 
 
 def usable_cores() -> int:
@@ -45,6 +49,20 @@ def rank_and_size() -> tuple[int, int]:
     return from_environment("RANK", 0, 0, size - 1), size
 
 
+def job() -> str | None:
+    """Return the name of the torchrun job that this process is of, the same after it has been started anew; None where
+    there is none, or a name that every job has."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name in (None, "none"):
+        return None
+    return name
+
+
+def restarts() -> int:
+    """Return how often torchrun has started this job's processes anew, as far as this host's torchrun knows."""
+    return from_environment("TORCHELASTIC_RESTART_COUNT", 0, 0, 1 << 20)
+
+
 def local_size() -> int:
     """Return the number of processes on this host."""
     return from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
@@ -56,6 +74,29 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell_ending(code: int | None) -> None:
+    """Under launch.torchrun, name the exit code that the job has if it is stopped now; None: the usual one."""
+    with suppress(KeyError, OSError):
+        Path(os.environ[ENDING]).write_text("" if code is None else str(code))
+
+
+def end_job(code: int) -> None:
+    """Where launch.torchrun would start the job anew, to fail in the same way, have it end with `code` instead."""
+    if LAUNCHER in os.environ and restarts() < from_environment("TORCHELASTIC_MAX_RESTARTS", 0, 0, 1 << 20):
+        tell_ending(code)
+        os.kill(int(os.environ[LAUNCHER]), signal.SIGTERM)
+        time.sleep(60)  # torchrun ends this process
+
+
+def end_stopped_siblings() -> None:
+    """Kill the processes of this host's job that are stopped (SIGSTOP): torchrun waits in vain for them to end."""
+    with suppress(OSError, ValueError):
+        parent = os.getppid()
+        for pid in map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                os.kill(pid, signal.SIGKILL)
 
 
 def die_with_torchrun() -> None:

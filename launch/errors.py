@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+STOPPED = 75  # sysexits.h: a temporary failure, to be tried again
+
 
 class UserError(Exception):
     """Something the user can mend: exit code 2. The message is one line: what, where, what to do."""
 
 
 class RunFailed(Exception):
-    """The run could not go on (NaN, a full disk): exit code 1."""
+    """The run could not go on (NaN, a full disk), and would not if it were started anew: exit code 1."""
+
+
+class OutOfMemory(RunFailed):
+    """There was no memory left; started anew, there may be."""
+
+
+class Stopped(Exception):
+    """A run was asked to end (SIGTERM) and did, with a checkpoint: exit code STOPPED."""

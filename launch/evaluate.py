@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.errors import RunFailed
 from launch.runlog import RunLog
 from launch.trained import open_trained
 from launch.world import World
@@ -31,10 +30,10 @@ class Errors:
 
 @torch.no_grad()
 def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], classes: int, world: World) -> Errors:
-    """Evaluate `network`, the whole one or this process's tower: both towers return the same.
+    """Evaluate `network`, the whole one or this process's tower: all processes return the same.
 
-    `batches` yields pixels [N * V, 3, 224, 224], an image's V views together, and labels [N]. The
-    softmax outputs of an image's views are averaged (section 4.1).
+    `batches` yields pixels [N * V, 3, 224, 224], an image's V views together, and labels [N], to each replica other
+    ones. The softmax outputs of an image's views are averaged (section 4.1).
     """
     network.eval()
     first = first_class(classes, world.exchange)
@@ -45,13 +44,15 @@ def error_rates(network: AlexNet, batches: Iterable[tuple[Tensor, Tensor]], clas
         wrong1 += int((ranks >= 1).sum())
         wrong5 += int((ranks >= 5).sum())
         images += len(labels)
+    counts = world.gather([wrong1, wrong5, images])[:: world.towers]
+    wrong1, wrong5, images = (int(sum(column)) for column in zip(*counts))
     return Errors(wrong1 / images, wrong5 / images, images)
 
 
 def evaluate_run(
-    world: World, run_path: Path, shards: Path, split: str, views: int, batch: int
+    world: World, run_path: Path, shards: Path, split: str, views: int, batch: int, best: bool = False
 ) -> tuple[Errors, int]:
-    """Evaluate the newest checkpoint of a run over a split, with 1 or 10 views; return its errors and its step.
+    """Evaluate a run's newest checkpoint, or the best, over a split, with 1 or 10 views; return its errors and step.
 
     The run's log keeps them too, where it can be written.
     """
@@ -60,10 +61,11 @@ def evaluate_run(
     images = ShardImages(shards, manifest, split)
     if world.leads:
         check_files(shards, manifest.splits[split].files)
-    trained = open_trained(world, run_path, {"split": split, "views": views, "batch": batch}, (shards, manifest, data))
+    trained = open_trained(world, run_path, {"split": split, "views": views, "batch": batch}, (shards, manifest, data),
+                           best)
     found = error_rates(trained.network, trained.batches(images, views, batch), len(trained.run.wnids), world)
     if world.leads:
-        with suppress(OSError, RunFailed), RunLog(trained.folder.log_path) as log:
+        with suppress(OSError), RunLog(trained.folder.log_path) as log:
             log.write("evaluation", step=trained.step, split=split, views=views, data=data, images=found.images,
                       precision=world.precision, top1_error=found.top1, top5_error=found.top5)
     return found, trained.step

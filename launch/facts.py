@@ -60,6 +60,13 @@ def hardware(device: torch.device | None) -> dict:
     }
 
 
+def memory_gib(device: torch.device) -> float:
+    """Return what this process has of the GPU's memory, or on a CPU of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / 2**30
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 def command() -> str:
     """Return the command line of `alexnet`, whose workers under torchrun have another name."""
     return " ".join(["alexnet", *sys.argv[1:]])

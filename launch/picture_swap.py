@@ -12,11 +12,10 @@ from model.errors import PeerError, reason
 
 
 class GlooSwap:
-    """Between the two ranks, over a gloo group of its own: both make one at the same point of the program."""
+    """Between rank 0 and rank 1 of `group`, of gloo, which serves nothing else."""
 
-    def __init__(self, rank: int, timeout_s: float):
-        self.rank, self._timeout = rank, timedelta(seconds=timeout_s)
-        self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+    def __init__(self, rank: int, group: dist.ProcessGroup, timeout_s: float):
+        self.rank, self._group, self._timeout = rank, group, timedelta(seconds=timeout_s)
 
     def begin(self, pictures: Tensor) -> Callable[[], None]:
         """Send half `rank` of pictures [N, ...], N even, and receive the other; the returned call waits for both.

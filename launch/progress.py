@@ -7,7 +7,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.cache import local_shards
-from pipeline.manifest import Manifest, check_files
 
 
 class TaskBars:
@@ -35,14 +34,6 @@ class TaskBars:
 
     def __exit__(self, *_) -> None:
         self._finish()
-
-
-def check_with_bar(shards: Path, manifest: Manifest, hashes: bool = True) -> None:
-    """`check_files` of all files; DataError names the first that is not what it was."""
-    files = manifest.files()
-    with tqdm(total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="checking shards",
-              disable=None, leave=False, dynamic_ncols=True) as bar:
-        check_files(shards, files, hashes, bar.update)
 
 
 def shards_here(location: str, cache: Path | None) -> Path:

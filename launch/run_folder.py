@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from launch import checkpoint
 from launch.errors import UserError
 from launch.processes import alone
+from launch.runlog import read_log
 from model.errors import RecipeError, reason
 from model.recipe import Recipe
 from pipeline.files import locked, sha256_of, write_durably
@@ -47,12 +49,14 @@ class Run:
 
 
 class RunFolder:
-    """RUN/run.json, mean.npy, manifest.json (of the shards), log.jsonl and checkpoints/step-N/."""
+    """RUN/run.json, mean.npy, manifest.json (of the shards), hashed.json, log.jsonl, step, checkpoints/ and tensorboard/.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self.log_path = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.step_path = self.path / "step"
 
     def trace_path(self, tower: int) -> Path:
         return self.path / f"trace-tower{tower}.json"
@@ -96,6 +100,16 @@ class RunFolder:
         described = {**run.to_dict(), "words": run.words}
         write_durably(self.path / "run.json", (json.dumps(described, indent=1) + "\n").encode())
 
+    def hashed(self) -> dict[str, list[int]]:
+        """Return the stamps of shards whose hashes were right when this run began; none where they are not known."""
+        with suppress(OSError, ValueError, RecursionError):
+            stamps = json.loads((self.path / "hashed.json").read_bytes())
+            return stamps if isinstance(stamps, dict) else {}
+        return {}
+
+    def write_hashed(self, stamps: dict[str, list[int]]) -> None:
+        write_durably(self.path / "hashed.json", json.dumps(stamps).encode())
+
     def read(self) -> Run:
         """UserError where there is no run, or its description is damaged."""
         path = self.path / "run.json"
@@ -109,27 +123,56 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({reason(error)}); restore it or train anew") from None
 
-    def newest_checkpoint(self, run: Run) -> Path | None:
-        """Return the newest checkpoint, None where there is none yet. UserError where it is another run's."""
-        found = checkpoint.steps(self.checkpoints)
-        if not found:
-            return None
-        newest = found[-1]
-        state = checkpoint.read_state(newest)
+    def begun_by(self, job: str | None) -> bool:
+        """Whether the torchrun job of that name has begun or resumed the run that is here."""
+        if job is None or not self.is_there() or not self.log_path.is_file():
+            return False
+        return any(record.get("job") == job for record in read_log(self.log_path))
+
+    def newest_checkpoint(self, run: Run, tell: bool = True) -> Path | None:
+        """Return the newest checkpoint that is not damaged, None where there is none yet.
+
+        With `tell`, a line says which were passed over. UserError where it is another run's, or all are damaged.
+        """
+        damaged: list[str] = []
+        for path in reversed(checkpoint.steps(self.checkpoints)):
+            try:
+                state = checkpoint.check(path)
+            except checkpoint.Damaged as error:
+                damaged.append(str(error))
+                continue
+            self._check_whose(path, state, run)
+            for reason in damaged if tell else ():
+                print(f"alexnet: {reason}; taking the one before, {path.name}", file=sys.stderr)
+            return path
+        if damaged:
+            raise UserError(f"{damaged[0]}, and no other checkpoint is there to take; restore it, or train anew in "
+                            "another folder")
+        return None
+
+    def last_checkpoint(self, run: Run, tell: bool = True) -> Path:
+        """Return `newest_checkpoint`. UserError where there is none."""
+        newest = self.newest_checkpoint(run, tell)
+        if newest is None:
+            raise UserError(f"{self.checkpoints}: no checkpoint there yet; train first")
+        return newest
+
+    def best_checkpoint(self, run: Run) -> Path:
+        """Return the checkpoint with the lowest validation error. UserError where it is not known, or damaged."""
+        best = checkpoint.best(self.checkpoints)
+        if best is None or not best.is_dir():
+            raise UserError(f"{self.checkpoints}: no best checkpoint yet, which is known after the first validation; "
+                            "leave out --best")
+        self._check_whose(best, checkpoint.check(best), run)
+        return best
+
+    def _check_whose(self, path: Path, state: dict, run: Run) -> None:
         with suppress(KeyError, RecipeError):  # of an earlier version it lacks fields, which then have their defaults
             state["recipe"] = Recipe.from_dict(state["recipe"]).to_dict()
         differing = [key for key, value in run.to_dict().items() if state.get(key) != value]
         if differing:
-            raise UserError(f"{newest}: a checkpoint of another run ({', '.join(differing)} differ from "
+            raise UserError(f"{path}: a checkpoint of another run ({', '.join(differing)} differ from "
                             f"{self.path / 'run.json'}); remove it, or restore run.json")
-        return newest
-
-    def last_checkpoint(self, run: Run) -> Path:
-        """Return the newest checkpoint. UserError where there is none."""
-        newest = self.newest_checkpoint(run)
-        if newest is None:
-            raise UserError(f"{self.checkpoints}: no checkpoint there yet; train first")
-        return newest
 
     def mean(self, run: Run) -> np.ndarray:
         """Return the training set's mean image, float32 [256, 256, 3]. UserError where it has changed."""

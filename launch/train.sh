@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Train the two towers on this host:  bash launch/train.sh SHARDS RUN [options of `alexnet train`]
 #
-# Each of the two processes holds one tower, on a GPU of its own where there are two. PROCESSES=1
-# trains the whole network in one. Ports are chosen by torchrun.
+# Each of two processes holds one tower, on a GPU of its own where there are two; ports are chosen by torchrun. Variables:
+# PROCESSES=4 (6, 8, ...) trains replicas of the pair, 1 the whole network in one process. RESTARTS=10 is how often
+# processes that die are started anew. TORCHRUN holds torchrun's options in place of --standalone, for several hosts.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-case ${PROCESSES:-2} in
-    1 | 2) ;;
-    *) echo "alexnet: PROCESSES=$PROCESSES: the network has two towers, so 1 or 2" >&2; exit 2 ;;
-esac
+for variable in PROCESSES RESTARTS; do
+    if ! [[ ${!variable:-1} =~ ^[0-9]{1,4}$ ]]; then
+        echo "alexnet: $variable=${!variable} is not a number" >&2
+        exit 2
+    fi
+done
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m launch.torchrun --standalone --nproc-per-node="${PROCESSES:-2}" -m launch.cli train "$@"
+# shellcheck disable=SC2086
+exec "$python" -m launch.torchrun ${TORCHRUN:---standalone} --nproc-per-node="${PROCESSES:-2}" \
+    --max-restarts="${RESTARTS:-10}" -m launch.cli train "$@"

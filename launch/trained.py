@@ -42,7 +42,8 @@ class Trained:
     def batches(self, images: ShardImages, views: int, batch: int) -> EvaluationLoader:
         recipe = self.run.recipe
         return EvaluationLoader(images, self.mean, views, batch, self.world.device, recipe.pixel_scale,
-                                self.world.threads, recipe.mean_at, recipe.crop)
+                                self.world.threads, recipe.mean_at, recipe.crop,
+                                (self.world.replica, self.world.replicas))
 
     def pixels(self, images: np.ndarray, views: int) -> Tensor:
         """Return what the network sees of uint8 [N, 256, 256, 3]: float32 [N * views, 3, crop, crop], on its device."""
@@ -57,15 +58,16 @@ class Trained:
         return joined(self.network.hidden(pixels).float(), self.run.recipe.neurons[1], self.world.exchange)
 
 
-def open_trained(world: World, path: Path, agreed: dict, shards: tuple[Path, Manifest, str] | None = None) -> Trained:
-    """Load the newest checkpoint of the run in `path`; call `world.await_leader` before.
+def open_trained(world: World, path: Path, agreed: dict, shards: tuple[Path, Manifest, str] | None = None,
+                 best: bool = False) -> Trained:
+    """Load the newest checkpoint of the run in `path`, or the best; call `world.await_leader` before.
 
     The processes compare `agreed`, what else they were asked for. `shards` (a folder, its manifest and hash) are to
     have the classes of the run. Raises UserError where the run cannot be used, or the shards are others.
     """
     folder = RunFolder(path)
     run = folder.read()
-    newest = folder.last_checkpoint(run)
+    chosen = folder.best_checkpoint(run) if best else folder.last_checkpoint(run, tell=world.leads)
     if shards is not None:
         where, manifest, data = shards
         if [c.wnid for c in manifest.classes] != run.wnids:
@@ -75,15 +77,15 @@ def open_trained(world: World, path: Path, agreed: dict, shards: tuple[Path, Man
             print(f"note: {where} are not the shards that {path} was trained on", file=sys.stderr)
         agreed = {**agreed, "data": data}
     mean = folder.mean(run)
-    world.agree({"run": run.to_dict(), "checkpoint": newest.name, "code": facts.code_hash(),
+    world.agree({"run": run.to_dict(), "checkpoint": chosen.name, "code": facts.code_hash(),
                  "precision": world.precision, **agreed})
     world.connect(run.recipe.towers)
-    return Trained(world, folder, run, newest, mean, load_network(newest, run, world).eval())
+    return Trained(world, folder, run, chosen, mean, load_network(chosen, run, world).eval())
 
 
-def load_network(newest: Path, run: Run, world: World) -> AlexNet:
+def load_network(chosen: Path, run: Run, world: World) -> AlexNet:
     """Return this process's part of a checkpoint's network, on its device."""
     network = world.build(run.recipe, len(run.wnids), run.seed)
-    checkpoint.load(newest, {name: parameter.detach() for name, parameter in network.named_parameters()},
-                    whole_shapes(run.recipe, len(run.wnids)))
+    checkpoint.load(chosen, {name: parameter.detach() for name, parameter in network.named_parameters()},
+                    whole_shapes(run.recipe, len(run.wnids)), world.mesh)
     return network

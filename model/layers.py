@@ -37,13 +37,17 @@ class MapNorm(nn.Module):
 class Dropout(nn.Module):
     """Section 4.2: in training each output is kept with chance 1 - p; at test all are times 1 - p.
 
-    The mask is drawn for both towers' neurons from (seed, layer, step) and each tower takes its
-    part, so that two towers drop what the whole network drops, and a resumed run what it would have.
+    The mask is drawn for both towers' neurons from (seed, layer, step, block of images) and each tower takes its
+    part, so that two towers drop what the whole network drops, replicas what one would, and a resumed run what it would
+    have. `part` (i, n) says that x is the i-th of n equal parts of a step's batch.
     """
+
+    BLOCK = 128  # images; a replica draws the blocks that it has images of, not the whole batch of hundreds of GPUs
 
     def __init__(self, p: float, neurons: int, seed: int, layer: str, tower: int | None):
         super().__init__()
         self.p, self.neurons, self.seed, self.layer, self.tower = p, neurons, seed, layer, tower
+        self.part = 0, 1
         self.drawn: Tensor | None = None  # where the mask was drawn before the step (model.captured)
 
     def forward(self, x: Tensor, step: int) -> Tensor:
@@ -61,7 +65,18 @@ class Dropout(nn.Module):
 
     def draw(self, kept: Tensor, step: int) -> Tensor:
         """Fill `kept` [N, neurons] with the mask of a step, 1 for what is kept, and return it."""
-        return kept.bernoulli_(1 - self.p, generator=generator(kept.device, self.seed, "dropout", self.layer, step))
+        part, parts = self.part
+        images = len(kept)
+        first, last, all_images = part * images, (part + 1) * images, parts * images
+        for start in range(first - first % self.BLOCK, last, self.BLOCK):
+            stop = min(start + self.BLOCK, all_images)
+            own = kept[max(start - first, 0) : stop - first]
+            block = own if len(own) == stop - start else kept.new_empty(stop - start, self.neurons)
+            key = self.seed, "dropout", self.layer, step, start
+            block.bernoulli_(1 - self.p, generator=generator(kept.device, *key))
+            if block is not own:
+                own.copy_(block[max(first - start, 0) :][: len(own)])
+        return kept
 
 
 class Linear(nn.Linear):

@@ -95,6 +95,11 @@ class AlexNet(nn.Module):
         with self._autocast(images):
             return self._hidden(images, step)
 
+    def take_part(self, part: int, parts: int) -> None:
+        """Be told that training's images are the part-th of so many equal parts of a step's batch."""
+        for dropout in (self.drop6, self.drop7):
+            dropout.part = part, parts
+
     def laid_out(self, images: Tensor, out: Tensor | None = None) -> Tensor:
         """Return images in the form that conv1 multiplies on a GPU; with `out`, an earlier return, written there."""
         return self.conv1.laid_out(images, self.mixed or images.dtype, out)

@@ -30,6 +30,8 @@ def set_rates(optimizer: MomentumSGD, recipe: Recipe, moment: Moment) -> float:
     """Give every group of `optimizer_of` its rate at `moment`; return the weights'."""
     schedule = recipe.schedule
     weights = schedule.rate(recipe.learning_rate, moment)
+    warming = recipe.warmup_epochs * moment.total_steps / recipe.epochs  # steps
+    warmth = recipe.warmup_from + (1 - recipe.warmup_from) * moment.step / warming if moment.step < warming else 1.0
     for group in optimizer.param_groups:
         rate = recipe.bias_rate if group["bias"] and recipe.bias_rate is not None else weights
         if isinstance(schedule, ByHand) and group["conv1"]:
@@ -37,8 +39,8 @@ def set_rates(optimizer: MomentumSGD, recipe: Recipe, moment: Moment) -> float:
                 rate = 0.0
             elif moment.epoch >= schedule.conv1_slows and not group["bias"]:
                 rate = schedule.conv1_rate
-        group["lr"] = rate
-    return weights
+        group["lr"] = rate * warmth
+    return weights * warmth
 
 
 class MomentumSGD(torch.optim.Optimizer):

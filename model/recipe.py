@@ -66,6 +66,8 @@ class Recipe:
     epochs: int = _of(90, "at most")
     learning_rate: float = _of(0.01, "the first one, or the highest (OneCycle)")
     bias_rate: float | None = _of(None, "of biases, which the schedule never lowers; none: as of weights")
+    warmup_epochs: float = _of(0.0, "in which all rates rise linearly to what they would be (model.batch_rule)")
+    warmup_from: float = _of(1.0, "share of the rates with which they begin then")
     momentum: float = _of(0.9, "share of the velocity kept each step (section 5)")
     weight_decay: float = _of(0.0005, "of weights, times the rate (section 5)")
     bias_decay: float = _of(0.0005, "of biases, the same")
@@ -91,6 +93,8 @@ class Recipe:
             raise RecipeError(f"recipe {self.name}: dropout and momentum lie in [0, 1)")
         if self.batch < 1 or self.epochs < 1 or self.learning_rate <= 0 or self.pixel_scale <= 0:
             raise RecipeError(f"recipe {self.name}: batch, epochs, learning_rate and pixel_scale must be positive")
+        if self.warmup_epochs < 0 or not 0 < self.warmup_from <= 1:
+            raise RecipeError(f"recipe {self.name}: warmup_epochs must not be negative, warmup_from lies in (0, 1]")
         if self.lrn_k <= 0 or min(self.lrn_alpha, self.lrn_beta, self.colour_std, self.weight_decay, self.bias_decay,
                                   *self.weight_std) < 0 or len(self.weight_std) not in (0, len(LAYERS)):
             raise RecipeError(f"recipe {self.name}: lrn_k must be positive, the other factors not negative, and "

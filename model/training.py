@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from model.captured import CapturedPasses
@@ -21,16 +21,24 @@ class TrainingStep:
     pixels float32 [N, 3, 224, 224], labels int64 [N]; `number` is the step's, from which dropout is drawn. Where the
     network's factors are float16 (`network.mixed`) the loss is scaled, for small gradients would be zero there. With
     `graphs`, on a GPU, both passes are replayed from CUDA graphs, after a few steps that are not.
+
+    `averaged` stands for the network where it has replicas, with an equal part of every batch each: it has their
+    gradients averaged during the backward pass. The loss is then that of this process's images. Without graphs
+    (ValueError).
     """
 
     def __init__(self, network: AlexNet, optimizer: MomentumSGD, first_class: int = 0,
-                 exchange: Exchange | None = None, graphs: bool = False):
+                 exchange: Exchange | None = None, graphs: bool = False, averaged: nn.Module | None = None):
+        if graphs and averaged is not None:
+            raise ValueError("no CUDA graphs of replicas")
         self.network, self.optimizer, self.first_class, self.exchange = network, optimizer, first_class, exchange
+        self._forward = averaged or network
         device = next(network.parameters()).device
         self.loss_scale = LossScale(device) if network.mixed == torch.float16 else None
         self._captured = CapturedPasses(network, optimizer.join, exchange) if graphs else None
         self._to_round: list[Linear] = []
-        if device.type == "cuda" and network.mixed == torch.bfloat16 and gpu_kernels():
+        # (Of replicas the gradients have to be averaged before the update, which would be made beside that.)
+        if device.type == "cuda" and network.mixed == torch.bfloat16 and gpu_kernels() and averaged is None:
             self._to_round = [layer for layer in network.modules() if isinstance(layer, Linear)]
 
     def __call__(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +62,7 @@ class TrainingStep:
     def _both_passes(self, pixels: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
         with record_function("forward"):
-            loss, right = cross_entropy(self.network(pixels, number), labels, self.first_class, self.exchange)
+            loss, right = cross_entropy(self._forward(pixels, number), labels, self.first_class, self.exchange)
         with record_function("backward"):
             (loss if self.loss_scale is None else loss * self.loss_scale.factor).backward()
         self.optimizer.join()

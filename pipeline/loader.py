@@ -142,10 +142,12 @@ class TrainingLoader:
     time in which Python found the images and drew crops, flips and shifts (in the caller's thread).
 
     With `swap` two processes share the decoding of JPEGs on the CPU; both must ask for the same batches, of an even
-    size. The batches are the same with it and without.
+    size. The batches are the same with it and without. With `part` (i, n) N is the n-th part of the batches' size, and
+    the images are the i-th of n equal parts of each batch.
 
     `mean` is float32 [256, 256, 3], RGB in 0-255. Raises DataError for a mean of another shape, and in iteration where
     a stored image cannot be decoded. Use it in a `with` statement, or call close(), to release DALI's threads.
+    ValueError for batches that have no n equal parts.
     """
 
     def __init__(
@@ -158,13 +160,16 @@ class TrainingLoader:
         threads: int = 1,
         start_step: int = 0,
         swap: PictureSwap | None = None,
+        part: tuple[int, int] = (0, 1),
     ):
+        if batches.batch_size % part[1]:
+            raise ValueError(f"batches of {batches.batch_size} images in {part[1]} parts")
         if batches.images != len(images) or batches.image_size != IMAGE_SIZE:
             raise ValueError(f"batches of {batches.images} images of {batches.image_size} pixels for {len(images)}")
         self.wait_s = 0.0
         self._delivery = _Delivery(
-            images, _from_step(batches, start_step), _checked(mean), scale, batches.crop, None, batches.batch_size,
-            threads, _device(device), swap,
+            images, _from_step(batches, start_step, part), _checked(mean), scale, batches.crop, None,
+            batches.batch_size // part[1], threads, _device(device), swap,
         )
 
     @property
@@ -190,11 +195,14 @@ class TrainingLoader:
         self.close()
 
 
-def _from_step(batches: TrainingBatches, step: int) -> Iterator[Batch]:
+def _from_step(batches: TrainingBatches, step: int, part: tuple[int, int]) -> Iterator[Batch]:
+    images = batches.batch_size // part[1]
+    own = slice(part[0] * images, (part[0] + 1) * images)
     # Several at a time: between two batches, decoding drives all that drawing needs from the processor's caches, so
     # that the first one drawn takes many times as long as those that follow at once.
     for first in itertools.count(step, 8):
-        yield from [batches.at(*divmod(step, batches.steps_per_epoch)) for step in range(first, first + 8)]
+        yield from [part_of(batches.at(*divmod(step, batches.steps_per_epoch)), own)
+                    for step in range(first, first + 8)]
 
 
 class EvaluationLoader:
@@ -204,7 +212,7 @@ class EvaluationLoader:
     shifts: labels int64 [N], pixels float32 [N * V, 3, 224, 224] with the V views of one image next to each other,
     V = `views` is 1 (the centre) or 10, in the order of pipeline.batches.views_of.
     len() is the number of batches. An image is decoded once however many its views. `mean_at` as in
-    pipeline.batches.placed.
+    pipeline.batches.placed. With `part` (i, n) it is every image of the i-th of n parts.
     """
 
     def __init__(
@@ -218,13 +226,15 @@ class EvaluationLoader:
         threads: int = 1,
         mean_at: str = "crop",
         crop: int = CROP,
+        part: tuple[int, int] = (0, 1),
     ):
         self._images, self._mean, self._views = images, _checked(mean), views_of(views, crop)
+        self._part = range(*(len(images) * i // part[1] for i in (part[0], part[0] + 1)))
         self._mean_at = mean_at
         self._batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
 
     def __len__(self) -> int:
-        return -(-len(self._images) // self._batch_size)
+        return -(-len(self._part) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         several = self._views.of(np.arange(1), self._mean_at) if len(self._views.flips) > 1 else None
@@ -243,8 +253,8 @@ class EvaluationLoader:
             delivery.close()
 
     def _batches(self) -> Iterator[Batch]:
-        for first in range(0, len(self._images), self._batch_size):
-            yield self._views.of(np.arange(first, min(first + self._batch_size, len(self._images))), self._mean_at)
+        for first in range(0, len(self._part), self._batch_size):
+            yield self._views.of(np.array(self._part[first : first + self._batch_size]), self._mean_at)
 
 
 def _checked(mean: np.ndarray) -> np.ndarray:

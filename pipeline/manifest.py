@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,8 +99,10 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     """Return the manifest that the bytes of the file `path` hold; DataError where it is none of this format."""
     try:
         fields = json.loads(raw)
+        if type(fields["format"]) is not int:
+            raise ValueError("no format")
         if fields["format"] != FORMAT:
-            raise DataError(f"{path}: format {fields['format']!r}, this program reads {FORMAT}: preprocess into "
+            raise DataError(f"{path}: format {fields['format']}, this program reads {FORMAT}: preprocess into "
                             "another folder")
         fields["classes"] = [SynsetClass(**c) for c in fields["classes"]]
         fields["splits"] = {
@@ -144,8 +147,10 @@ def _check(manifest: Manifest) -> None:
     names = [file.name for file in manifest.files()]
     if len(set(names)) < len(names):
         raise ValueError("a file is listed twice")
-    if type(manifest.seed) is not int or not 0 <= manifest.held_out < 1 or not isinstance(manifest.layout, str):
-        raise ValueError("seed, held_out or layout")
+    if type(manifest.seed) is not int or not 0 <= manifest.held_out < 1:
+        raise ValueError("seed or held_out")
+    if not all(isinstance(text, str) for text in (manifest.layout, manifest.encoding, manifest.plan)):
+        raise ValueError("layout, encoding or plan")
     for name, split in manifest.splits.items():
         if not _counts([split.images, split.rejected, *split.class_counts]) or len(split.class_counts) != len(wnids):
             raise ValueError(f"class counts of {name}")
@@ -168,8 +173,9 @@ def check_files(
     for file in files:
         path = Path(folder) / file.name
         try:
-            size = path.stat().st_size
-            changed = size != file.bytes or (hashes and sha256_of(path) != file.sha256)
+            found = path.stat()
+            changed = not stat.S_ISREG(found.st_mode) or found.st_size != file.bytes or (
+                hashes and sha256_of(path) != file.sha256)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; restore it or preprocess again") from None
         if changed:

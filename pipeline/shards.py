@@ -7,6 +7,7 @@ with "raw" its 256 x 256 x 3 bytes of pixels.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,7 @@ RAW_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 # Images found, of which a shard holds those that can be read. One shard is in memory while it is packed.
 ROWS_PER_SHARD = {"jpeg": 4096, "raw": 1024}  # about 100 and 200 MB
 ROWS_PER_BATCH = 128
+Stamp = list[int]  # of a file: size, time of change in ns and inode; while it is the same, so is what the file holds
 
 
 def write_shard(
@@ -73,11 +75,13 @@ class ShardImages:
         self._data: list[np.ndarray] = []  # one a record batch: all its images' bytes
         self._names: list[pa.Array] = []
         labels, starts, stops, first_row = [np.empty(0, np.int32)], [], [], [0]
+        self._opened: dict[Path, Stamp | None] = {}
         for file in manifest.splits[split].files:
             path = Path(folder) / file.name
-            for batch in read_batches(path):
+            self._opened[path] = stamp_of(path)
+            for batch in (batch for batch in read_batches(path) if batch.num_rows):
                 _, offsets, data = batch.column("image").buffers()
-                offsets = np.frombuffer(offsets, np.int64)[: batch.num_rows + 1]
+                offsets = np.frombuffer(offsets, np.int64, batch.num_rows + 1)
                 if self.store == "raw" and (np.diff(offsets) != RAW_BYTES).any():
                     raise DataError(f"{path}: an image is not {RAW_BYTES} bytes; restore it or preprocess again")
                 self._data.append(np.frombuffer(data, np.uint8))
@@ -102,6 +106,14 @@ class ShardImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check_unchanged(self) -> None:
+        """Raise DataError where a file has been written to, replaced or removed since it was opened here."""
+        for path, stamp in self._opened.items():
+            if stamp_of(path) != stamp:
+                raise DataError(f"{path}: {'changed' if path.exists() else 'gone'} since it was opened: what was read "
+                                "of it may be wrong; restore it or preprocess again, then go on from the last "
+                                "checkpoint")
+
     def stored(self, index: int) -> np.ndarray:
         return self.stored_batch(np.array([index]))[0]
 
@@ -117,18 +129,51 @@ class ShardImages:
         return self._names[batch][int(index) - int(self._first_row[batch])].as_py()
 
 
+def stamp_of(path: Path) -> Stamp | None:
+    """Return a file's stamp; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
 def read_batches(path: Path) -> list[pa.RecordBatch]:
     """Return the memory-mapped record batches of a shard; DataError where it is none."""
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        if reader.schema != SCHEMA:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no plain file")
+        file = pa.memory_map(str(path))
+        if file.read(8) != b"ARROW1\0\0":
+            raise pa.ArrowInvalid("Not an Arrow file")
+        schema, *messages = pa.ipc.MessageReader.open_stream(file)
+        if schema.type != "schema" or pa.ipc.read_schema(schema) != SCHEMA:
             raise pa.ArrowInvalid("other columns than image, label, name")
+        if any(message.type != "record batch" or not _is_plain(message) for message in messages):
+            raise pa.ArrowInvalid("no uncompressed images")
+        batches = [pa.ipc.read_record_batch(message, SCHEMA) for message in messages]
         for batch in batches:
             batch.validate(full=True)
             if any(column.null_count for column in batch.columns):
                 raise pa.ArrowInvalid("an empty field")
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, struct.error, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a readable shard ({reason}); restore it or preprocess again") from None
     return batches
+
+
+def _is_plain(message: pa.ipc.Message) -> bool:
+    """Whether a record batch lies in the file as it is used: a compressed one takes who knows how much memory to read.
+
+    Its metadata is a FlatBuffer, which Arrow has found sound: of tables, each with the distance back to a list of where
+    its fields are.
+    """
+    data = message.metadata.to_pybytes()
+
+    def field(table: int, number: int) -> int | None:
+        fields = table - struct.unpack_from("<i", data, table)[0]
+        _, _, *places = struct.unpack_from(f"<{struct.unpack_from('<H', data, fields)[0] // 2}H", data, fields)
+        return table + places[number] if number < len(places) and places[number] else None
+
+    header = field(struct.unpack_from("<I", data)[0], 2)
+    return header is not None and field(header + struct.unpack_from("<I", data, header)[0], 3) is None

@@ -41,3 +41,26 @@ def torchrun():
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """480 training and 50 validation images of the sample: 15 steps an epoch."""
+    folder = tmp_path_factory.mktemp("sample")
+    for arguments in (["sample", folder / "archives", "--train-per-class", "48", "--val-per-class", "5"],
+                      ["preprocess", folder / "archives", folder / "shards"],
+                      ["preprocess", folder / "archives", folder / "raw", "--store", "raw"]):
+        done = subprocess.run([sys.executable, "-m", "launch.cli", *map(str, arguments)], capture_output=True, text=True,
+                              cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory) -> Path:
+    """A run of two towers, STEPS steps, left alone."""
+    from towers_at_work import Towers  # which imports this module
+
+    run = tmp_path_factory.mktemp("runs") / "two"
+    Towers(shards, run).check()
+    return run

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from launch import checkpoint
+from launch.checkpoint_writer import save
 from launch.errors import UserError
 from model.recipe import NOTES, TINY
 from model.tower import build, whole_shapes
@@ -25,12 +26,12 @@ def test_two_processes_save_and_one_loads(torchrun, tmp_path):
 
 
 def test_one_process_saves_and_two_load(torchrun, tmp_path):
-    checkpoint.save(tmp_path, 5, network(seed=1), SHAPES, {}, keep=1)
+    save(tmp_path, 5, network(seed=1), SHAPES, {})
     torchrun(2, "odd_checkpoint.py", "load", tmp_path)
 
 
 def test_another_network_is_refused(tmp_path):
-    path = checkpoint.save(tmp_path, 5, network(seed=1), SHAPES, {}, keep=1)
+    path = save(tmp_path, 5, network(seed=1), SHAPES, {})
     with pytest.raises(UserError, match=r"does not fit this network .conv1.weight: \[96, 3, 11, 11\] wanted, \[24, 3"):
         checkpoint.load(path, dict(network(seed=0)), whole_shapes(NOTES, 7))
 
@@ -38,5 +39,5 @@ def test_another_network_is_refused(tmp_path):
 def test_an_unfinished_checkpoint_is_never_found_and_cleared_away(tmp_path):
     (tmp_path / "step-000000004.tmp").mkdir()
     assert checkpoint.steps(tmp_path) == []
-    checkpoint.save(tmp_path, 5, network(seed=1), SHAPES, {}, keep=1)
+    save(tmp_path, 5, network(seed=1), SHAPES, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000005"]

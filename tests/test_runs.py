@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT
+from towers_at_work import STEPS, Towers, alexnet, assert_same, children_of, wait_for_steps, weights
 from safetensors.torch import load_file
 
 from launch.cli import cli
@@ -26,75 +27,10 @@ from launch.errors import RunFailed
 from launch.profiling import RECORDED, SKIPPED
 from launch.run_folder import RunFolder
 from launch.runlog import read_log
-from launch.train import CONTROL_STEPS, Options, train
+from launch.train import Options, train
+from launch.trainer import CONTROL_STEPS
 from launch.world import join_world
 from model.recipe import TINY
-
-STEPS = 25  # of 2 epochs of 15: the resumed part crosses the end of an epoch
-
-
-def alexnet(*arguments) -> list[str]:
-    return ["-m", "launch.cli", *map(str, arguments)]
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """480 training and 50 validation images of the sample: 15 steps an epoch."""
-    folder = tmp_path_factory.mktemp("sample")
-    for arguments in (["sample", folder / "archives", "--train-per-class", "48", "--val-per-class", "5"],
-                      ["preprocess", folder / "archives", folder / "shards"],
-                      ["preprocess", folder / "archives", folder / "raw", "--store", "raw"]):
-        done = subprocess.run([sys.executable, *alexnet(*arguments)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-    return folder / "shards"
-
-
-@pytest.fixture(scope="session")
-def finished(shards, tmp_path_factory) -> Path:
-    """A run of two towers, STEPS steps, left alone."""
-    run = tmp_path_factory.mktemp("runs") / "two"
-    Towers(shards, run).check()
-    return run
-
-
-class Towers:
-    """A run of `alexnet train` under launch/train.sh, in a process group of its own."""
-
-    def __init__(self, shards, run, *options, processes: int = 2):
-        command = ["bash", str(ROOT / "launch/train.sh"), str(shards), str(run), "--recipe", "tiny", "--epochs", "2",
-                   "--steps", str(STEPS), "--threads", "1", *map(str, options)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        start_new_session=True,
-                                        env={**os.environ, "PROCESSES": str(processes), "PYTHON": sys.executable})
-
-    def output(self, timeout_s: float = 180) -> str:
-        try:
-            return self.process.communicate(timeout=timeout_s)[0]
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-
-    def check(self) -> None:
-        output = self.output()
-        assert self.process.returncode == 0, output
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    """Return the whole network's tensors of a checkpoint, read without this project's code."""
-    files = sorted((run / "checkpoints" / f"step-{step:09d}").glob("*.safetensors"))
-    parts = [load_file(file) for file in files]
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance * float(tensor.abs().max()), msg=name)
-
 
 def test_killed_in_mid_epoch_and_resumed_ends_the_same(shards, finished, tmp_path):
     run = tmp_path / "run"
@@ -194,7 +130,7 @@ def test_evaluation_is_the_same_in_one_process_and_two(torchrun, shards, finishe
 
 def test_only_the_newest_checkpoints_are_kept(finished):
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
-        "step-000000015", f"step-{STEPS:09d}"]
+        "best.json", "step-000000015", f"step-{STEPS:09d}"]
 
 
 def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path):
@@ -218,7 +154,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(shards, fi
                           env={**os.environ, "PROCESSES": str(processes), "PYTHON": sys.executable})
     assert done.returncode == 1
     told = (r"going on from step 25 of 30\nepoch 2: .*\n"
-            r"alexnet: .*step-000000030.tmp: the checkpoint cannot be written .*--resume\n")
+            r"alexnet: .*step-000000030: the checkpoint cannot be written .*--resume\n")
     assert re.fullmatch(told, done.stderr), done.stderr
     assert_same(weights(run), before)
 
@@ -270,22 +206,42 @@ def test_resuming_nothing(shards, tmp_path):
     fails_with("no run there", "evaluate", tmp_path / "none", shards)
 
 
-def test_damaged_checkpoint(shards, finished, tmp_path):
+BEFORE = 15  # the step of the checkpoint before the newest of `finished`
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(shards, finished, tmp_path):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    file = sorted((run / "checkpoints" / f"step-{STEPS:09d}").glob("*.safetensors"))[0]
+    newest = run / "checkpoints" / f"step-{STEPS:09d}"
+    file = sorted(newest.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-1])
-    fails_with("missing or changed.*remove .*step-000000025 to use the one before", "evaluate", run, shards)
+    told = (f"alexnet: {file}: changed since it was written; taking the one before, step-{BEFORE:09d}\n")
+    done = CliRunner().invoke(cli, ["evaluate", str(run), str(shards), "--json"])
+    assert done.exit_code == 0 and done.stderr == told and json.loads(done.stdout)["step"] == BEFORE
+    towers = Towers(shards, run, "--resume")
+    output = towers.output()
+    assert towers.process.returncode == 0 and output.startswith(f"{told}going on from step {BEFORE} of 30\n"), output
+    assert_same(weights(finished), weights(run))
+    assert (newest.with_name(f"{newest.name}.damaged") / file.name).stat().st_size == file.stat().st_size - 1
+
+
+def test_damaged_checkpoints_alone(shards, finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for file in (run / "checkpoints").glob("*/state.json"):
+        file.unlink()
+    fails_with(f"step-{STEPS:09d}/state.json: damaged .* no other checkpoint is there to take", "evaluate", run, shards)
+    fails_with("no other checkpoint is there to take", "train", shards, run, "--resume")
+    assert len(list((run / "checkpoints").glob("step-?????????"))) == 2
 
 
 @pytest.mark.parametrize("key, value", [
     ("step", 10**30), ("step", None), ("progress", None), ("progress", {"best_error": float("nan")}),
-    ("trained_s", "x"), ("files", {}), ("files", []),
+    ("trained_s", "x"), ("files", {}), ("files", []), ("files", {"../../run.json": "0"}), ("seal", 1),
 ])  # fmt: skip
-def test_damaged_state_of_a_checkpoint(shards, finished, tmp_path, key, value):
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
-    path = run / "checkpoints" / f"step-{STEPS:09d}" / "state.json"
+def test_damaged_state_of_a_checkpoint(finished, tmp_path, key, value):
+    run = RunFolder(shutil.copytree(finished, tmp_path / "run"))
+    path = run.checkpoints / f"step-{STEPS:09d}" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    fails_with("step-000000025.*damaged", "train", shards, run, "--resume")
+    assert run.newest_checkpoint(run.read()).name == f"step-{BEFORE:09d}"
 
 
 def test_checkpoint_from_another_recipe(shards, finished, tmp_path):
@@ -301,7 +257,7 @@ def test_a_folder_that_is_removed_while_the_run_goes_on(shards, tmp_path, monkey
     folder, run = RunFolder(tmp_path / "run"), TINY
     with join_world("cpu", "rpc", 5, 1) as world:
         seen = []
-        monkeypatch.setattr("launch.train.RunLog.write", lambda log, event, **_: seen.append(event) or (
+        monkeypatch.setattr("launch.runlog.RunLog.write", lambda log, event, **_: seen.append(event) or (
             event == "start" and shutil.rmtree(folder.path)))
         with pytest.raises(RunFailed, match="run: removed or renamed while the run went on, which ends here"):
             train(world, shards, folder, run, 0, None, Options(stop_after=1))
@@ -323,7 +279,10 @@ def test_two_trainers_in_one_folder(shards, finished, tmp_path):
 
 
 @pytest.mark.parametrize("processes, options, told", [
-    (3, [], "PROCESSES=3: the network has two towers, so 1 or 2"),
+    (3, [], "3 processes: the network has two towers, so start 1 or an even number .torchrun --nproc-per-node., or train "
+            "--whole"),
+    (6, [], "a batch of 32 images is not to be divided among 3 replicas: start another number of processes, or give "
+            "another --batch"),
     (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),
     (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, paper, source, tiny"),
     (1, ["--device", "cpu", "--graphs"], "--graphs is of GPUs: leave it out, or use --device cuda"),
@@ -332,9 +291,9 @@ def test_two_trainers_in_one_folder(shards, finished, tmp_path):
     (2, ["--nonsense", "1"], "No such option.* See `alexnet train --help`."),
 ])  # fmt: skip
 def test_a_mistake_is_told_once_by_all_processes(shards, tmp_path, processes, options, told):
-    towers = Towers(shards, tmp_path / "run", *options, processes=processes)
+    towers = Towers(shards, tmp_path / "run", *options, processes=processes, restarts=5)
     output = towers.output()
-    assert towers.process.returncode == 2
+    assert towers.process.returncode == 2, output
     assert re.fullmatch(f"alexnet: {told}\n", output), output
     assert not (tmp_path / "run").exists()
 
@@ -342,8 +301,8 @@ def test_a_mistake_is_told_once_by_all_processes(shards, tmp_path, processes, op
 def test_one_process_too_many_under_torchrun(torchrun, shards, tmp_path):
     done = torchrun(3, *alexnet("train", shards, tmp_path / "run"), check=False)
     told = [line for line in done.stderr.splitlines() if line.startswith("alexnet: ")]
-    assert done.returncode and told == ["alexnet: 3 processes: the network has two towers, so start 1 or 2 "
-                                        "(torchrun --nproc-per-node)"]
+    assert done.returncode and told == ["alexnet: 3 processes: the network has two towers, so start 1 or an "
+                                        "even number (torchrun --nproc-per-node), or train --whole"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(shards, finished, tmp_path):
@@ -379,10 +338,6 @@ def by_hand(shards, tmp_path):
         process.communicate()
 
 
-def children_of(process: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
 def test_workers_end_with_a_launcher_that_is_killed_while_they_start(shards, tmp_path):
     """They learn of it before they import torch, which takes seconds, or as soon as they ask who their parent is."""
     towers = Towers(shards, tmp_path / "run")
@@ -392,13 +347,6 @@ def test_workers_end_with_a_launcher_that_is_killed_while_they_start(shards, tmp
     towers.process.kill()
     assert len(workers) == 2
     towers.output(timeout_s=30)  # ends when nobody holds the pipe any more
-
-
-def wait_for_steps(run: Path) -> None:
-    deadline = time.monotonic() + 90
-    while not (run / "log.jsonl").exists() or '"steps"' not in (run / "log.jsonl").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("transport", ["rpc", "gloo"])
@@ -432,5 +380,5 @@ def test_towers_started_differently_are_told_apart(by_hand, tmp_path):
     towers = [by_hand(rank, "--seed", rank) for rank in (0, 1)]
     outputs = [tower.communicate(timeout=60)[0] for tower in towers]
     assert [tower.returncode for tower in towers] == [2, 2]
-    assert outputs[0] == "alexnet: the two towers were started differently: seed (0 in tower 0, 1 in the other)\n"
+    assert outputs[0] == "alexnet: the processes were started differently: seed (0 in process 0, 1 in process 1)\n"
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from launch.errors import UserError
-from launch.train import checksums
+from launch.trainer import checksums
 from launch.choice import device_named, graphs_by_default
 from launch.world import World, join_world
 from model.errors import PeerError
@@ -42,20 +42,20 @@ def test_equal_facts_pass():
 
 
 @pytest.mark.parametrize("changed, named", [
-    ({"seed": 1}, "seed (0 in tower 0, 1 in the other)"),
-    ({"data": "ffff"}, 'data ("ab12" in tower 0, "ffff" in the other)'),
-    ({"code": "ffff"}, 'code ("cd34" in tower 0, "ffff" in the other)'),
-    ({"recipe": {**NOTES.to_dict(), "learning_rate": 0.1}}, "recipe.learning_rate (0.01 in tower 0, 0.1 in the other)"),
+    ({"seed": 1}, "seed (0 in process 0, 1 in process 1)"),
+    ({"data": "ffff"}, 'data ("ab12" in process 0, "ffff" in process 1)'),
+    ({"code": "ffff"}, 'code ("cd34" in process 0, "ffff" in process 1)'),
+    ({"recipe": {**NOTES.to_dict(), "learning_rate": 0.1}}, "recipe.learning_rate (0.01 in process 0, 0.1 in process 1)"),
 ])  # fmt: skip
 def test_a_difference_is_named_alone(changed, named):
     told = agree(FACTS, {**FACTS, **changed})
-    assert told[0] == f"the two towers were started differently: {named}"
+    assert told[0] == f"the processes were started differently: {named}"
     assert told[1]
 
 
 def test_a_tower_that_never_speaks_is_not_waited_for_for_ever():
     world = World(0, 2, torch.device("cpu"), 1, 0.2, "rpc", dist.HashStore())
-    with pytest.raises(PeerError, match="the other tower died, or did not speak within 0:00:00.2"):
+    with pytest.raises(PeerError, match="another process died, or did not speak within 0:00:00.2"):
         world.agree(FACTS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,12 +60,14 @@ def bench_loader(shards: Path, **settings) -> None:
 @RECIPE
 @click.option("--ablation", help="One change to the recipe: as of `alexnet ablate`: no-lrn ...; then without peers.")
 @CLASSES
+@click.option("--batch", type=click.IntRange(2, 4096), help="Images a step; default: the recipe's.")
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1),
               help="Measured, after two others; on a GPU twenty times as many.")
 @PEERS
 @graphs_option
 @process_options
-def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peers: bool, **process) -> None:
+def bench_step(recipe: str, ablation: str | None, classes: int, batch: int | None, steps: int, peers: bool,
+               **process) -> None:
     """Training steps on made-up images; alone, or under torchrun with two processes."""
     from launch.bench.step import step_speed
     from model.ablations import ablated
@@ -73,6 +76,8 @@ def bench_step(recipe: str, ablation: str | None, classes: int, steps: int, peer
     chosen = recipe_named(recipe)
     if ablation is not None:
         chosen = ablated(chosen, ablation)
+    if batch is not None:
+        chosen = replace(chosen, batch=batch)
     peers = peers and ablation is None
     _in_world(process, lambda world: step_speed(world, chosen, classes, steps, peers) | {"ablation": ablation})
 
@@ -137,6 +142,39 @@ def bench_pair(recipe: str, classes: int, repeats: int, link_gb_s: float, latenc
 
     chosen = recipe_named(recipe)
     _in_world(process, lambda world: pair_model(world, chosen, classes, repeats, link_gb_s * 1e9, latency_us / 1e6))
+
+
+@bench.command("scaling")
+@click.option("--data", default="raw", show_default=True, type=click.Choice(["made-up", "raw", "jpeg"]))
+@click.option("--step-ms", "whole_s", type=Number(1e-3, 1e6), help="Of the whole network; default: measured.")
+@click.option("--tower-ms", "tower_s", type=Number(1e-3, 1e6), help="Of one tower, waiting apart; default: measured.")
+@click.option("--link-gb-s", "link_bytes_per_s", type=Number(1e-3, 1e6), help="Between GPUs of a host, each way.")
+@click.option("--network-gbit-s", "network_bytes_per_s", type=Number(1e-3, 1e6), help="Between hosts, of a GPU.")
+@click.option("--network-latency-us", "network_latency_s", type=Number(0, 1e6), help="A step of a ring between hosts.")
+@click.option("--gradient-bytes", type=click.Choice(["2", "4"]), help="Of a number sent; default: 4.")
+@click.option("--json", "as_json", is_flag=True, help="Numbers in place of tables.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Also draw efficiency, to FIGURE.png and FIGURE.svg.")
+def bench_scaling(data: str, as_json: bool, figure: Path | None, **given) -> None:
+    """Speed on 1 to 512 GPUs, computed from measured parts and assumed links; measures nothing.
+
+    Every number is from slow to fast: what has not been measured is assumed twice. What is given here counts in both.
+    """
+    from launch.bench.scaling import FAST, SLOW, checks, rows
+    from launch.bench.scaling_page import draw_efficiency, markdown
+    from launch.figures.drawing import save
+
+    scales = {"whole_s": 1e-3, "tower_s": 1e-3, "link_bytes_per_s": 1e9, "network_bytes_per_s": 1e9 / 8,
+              "network_latency_s": 1e-6, "gradient_bytes": 1}
+    changed = {name: float(value) * scales[name] for name, value in given.items() if value is not None}
+    machines = tuple(replace(machine, **changed) for machine in (SLOW, FAST))
+    if figure is not None:
+        save(draw_efficiency(machines, data), figure)
+    if as_json:
+        click.echo(json.dumps({"machines": dict(zip(("slow", "fast"), map(asdict, machines))), "data": data,
+                               "fixed_batch": rows(machines, data, 128), "fixed_batch_a_network":
+                               rows(machines, data, None), "checks": checks()}))
+    else:
+        click.echo(markdown(machines, data), nl=False)
 
 
 @bench.command("all")

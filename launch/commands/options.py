@@ -66,6 +66,18 @@ def graphs_option(command):
                         "graphs; default: on a GPU, for one process, and for two with --transport cuda-ipc.")(command)
 
 
+def whole_option(command):
+    """How several processes share the work; beside `process_options`."""
+    return click.option("--whole", is_flag=True, help="Have each process hold the whole network, replicas of which "
+                        "share every batch, and not two of them a tower each.")(command)
+
+
+def best_option(command):
+    """Which checkpoint of a run."""
+    return click.option("--best", is_flag=True, help="Take the checkpoint with the lowest validation error, not the "
+                        "newest.")(command)
+
+
 def cache_option(command):
     """Where shards of an object store are copied to."""
     return click.option("--cache", type=FOLDER, help="Folder for copies of shards that lie in an object store; "

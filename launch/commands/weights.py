@@ -6,21 +6,22 @@ from pathlib import Path
 
 import click
 
-from launch.commands.options import FOLDER, PLACE, cache_option
+from launch.commands.options import FOLDER, PLACE, best_option, cache_option
 
 
 @click.command()
 @click.argument("run", type=FOLDER)
 @click.argument("file", type=FOLDER)
-def export(run: Path, file: Path) -> None:
-    """Write RUN's newest checkpoint, the whole network, to FILE, whose ending says as what.
+@best_option
+def export(run: Path, file: Path, best: bool) -> None:
+    """Write RUN's newest checkpoint (or the best), the whole network, to FILE, whose ending says as what.
 
     .safetensors and .pt (a plain state_dict): the weights, and the mean image. .onnx: a network that takes any number
     of images. .py: a module that loads the first two and needs nothing of this project.
     """
     from launch.weights.exporting import export
 
-    export(run, file)
+    export(run, file, best)
     click.echo(f"{file}: {file.stat().st_size:,} bytes", err=True)
 
 

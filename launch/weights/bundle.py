@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from launch import checkpoint
+from launch.checkpoint_writer import save
 from launch.errors import UserError
 from launch.run_folder import Run, RunFolder
 from launch.runlog import RunLog
@@ -82,16 +83,16 @@ class Bundle:
             raise UserError(f"{where}: its mean image is not {[IMAGE_SIZE, IMAGE_SIZE, 3]} finite numbers")
 
 
-def bundle_of_run(path: Path) -> Bundle:
-    """Return the newest checkpoint of a run. UserError where there is none."""
+def bundle_of_run(path: Path, best: bool = False) -> Bundle:
+    """Return the newest checkpoint of a run, or the best. UserError where there is none."""
     folder = RunFolder(path)
     run = folder.read()
-    newest = folder.last_checkpoint(run)
+    chosen = folder.best_checkpoint(run) if best else folder.last_checkpoint(run)
     shapes = whole_shapes(run.recipe, len(run.wnids))
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    checkpoint.load(newest, tensors, shapes)
+    checkpoint.load(chosen, tensors, shapes)
     return Bundle(tensors, folder.mean(run), run.recipe, run.wnids, run.words, run.seed,
-                  checkpoint.read_state(newest)["step"], run.data)
+                  checkpoint.read_state(chosen)["step"], run.data)
 
 
 def write_run(bundle: Bundle, path: Path, source: Path) -> None:
@@ -114,8 +115,8 @@ def write_run(bundle: Bundle, path: Path, source: Path) -> None:
     folder = RunFolder(temporary)
     try:
         folder.create(run, mean.getvalue())
-        checkpoint.save(folder.checkpoints, bundle.step, bundle.tensors | velocities,
-                        shapes | {f"velocity.{name}": shape for name, shape in shapes.items()}, state, keep=1)
+        save(folder.checkpoints, bundle.step, bundle.tensors | velocities,
+             shapes | {f"velocity.{name}": shape for name, shape in shapes.items()}, state)
         with RunLog(folder.log_path) as log:
             log.write("import", source=str(source), sha256=sha256_of(source), step=bundle.step, **run.to_dict())
         if path.exists():

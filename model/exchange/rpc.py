@@ -16,6 +16,8 @@ from torch.distributed import Store, register_rendezvous_handler, rpc
 
 from model.errors import PeerError, reason
 from model.exchange import Exchange, Pending, from_wire, to_wire
+from model.exchange.calls import allow_only
+from model.exchange.listeners import deafen, listening
 from model.exchange.mailbox import Mailbox
 from model.exchange.meeting import swapped
 
@@ -70,6 +72,8 @@ class RpcExchange(Exchange):
         # init_rpc itself would wait 24 days for a peer that stopped just before it.
         rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=timeout_s)
         peer_device = torch.device(swapped(store, tower, "device", str(device), timeout_s))
+        allow_only(deliver, hold)
+        others = listening()
         try:
             if device.type == "cuda" and not staged:
                 options.set_device_map(self._peer, {device: peer_device})
@@ -78,6 +82,8 @@ class RpcExchange(Exchange):
                 rpc.init_rpc(names[tower], rank=tower, world_size=2, rpc_backend_options=options)
         except RuntimeError as error:
             raise PeerError(f"no connection to the other tower ({reason(error)})") from None
+        # Both towers have all their connections now. C++ would run any operator of torch for whoever came later.
+        deafen(listening() - others)
         # timeout=0: never. Both the peer's death and a broken connection end this call with an error.
         rpc.rpc_async(self._peer, hold, timeout=0).add_done_callback(self._peer_gone)
 

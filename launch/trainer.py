@@ -1,0 +1,274 @@
+"""The training loop: one process's part of a run, what it writes, and when it stops."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+from tqdm import tqdm
+
+from launch import checkpoint, facts
+from launch.board import Board
+from launch.checkpoint_writer import CheckpointWriter, NotWritten
+from launch.environment import job
+from launch.errors import RunFailed, Stopped, UserError
+from launch.evaluate import Errors, error_rates
+from launch.interval import Interval
+from launch.profiling import profiled
+from launch.run_folder import Run, RunFolder
+from launch.runlog import RunLog
+from launch.step_file import StepFile
+from launch.stopping import StopRequest
+from launch.world import World
+from model.optimizer import optimizer_of, set_rates
+from model.schedule import Moment, Progress
+from model.softmax import first_class
+from model.tower import whole_shapes
+from model.training import TrainingStep
+from pipeline.batches import Lighting, TrainingBatches
+from pipeline.loader import EvaluationLoader, TrainingLoader
+from pipeline.manifest import Manifest
+from pipeline.shards import ShardImages
+
+if TYPE_CHECKING:
+    from launch.train import Options
+
+NOT_WRITTEN = 3  # checkpoints in a row after which a run that cannot write them ends
+CONTROL_STEPS = 10  # how often the processes compare batches, look at the loss and may begin a checkpoint
+
+
+class Trainer:
+    """One process's part of a run: its network, its data, its log."""
+
+    def __init__(self, world: World, shards: Path, manifest: Manifest, run: Run, folder: RunFolder,
+                 options: Options):
+        self.world, self.identity, self.folder, self.options = world, run, folder, options
+        self.recipe = recipe = run.recipe
+        self.mean = np.load(shards / manifest.mean.name, allow_pickle=False)
+        self.classes = len(manifest.classes)
+        self.training, self.validation = (ShardImages(shards, manifest, split) for split in ("train", "val"))
+        lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), recipe.colour_std, recipe.colour_by)
+        self.batches = TrainingBatches(len(self.training), recipe.batch, run.seed, lighting, recipe.colour_epochs,
+                                       recipe.crops_and_flips, recipe.crops_shared_by, recipe.mean_at, recipe.crop)
+        self.part = world.replica, world.replicas
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.total_steps = self.recipe.epochs * self.steps_per_epoch
+        self.stop = min(self.total_steps, options.stop_after or self.total_steps)
+        self.step, self.progress, self.errors = 0, Progress(), None
+        self.validates = False  # whether an epoch has ended that has not been validated
+        self.trained_s = 0.0  # without validation, earlier parts of a resumed run included
+        self.repeated = 0  # steps done twice, after restarts
+        self.not_written = 0  # checkpoints, since the last good one
+
+    def run(self, newest: Path | None) -> Errors | None:
+        """Train from `newest`, or from the start; return the last validation's errors."""
+        self._build(newest)
+        if newest is not None and self.world.leads:
+            print(f"going on from step {self.step} of {self.total_steps}", file=sys.stderr)
+        with (Board(self.folder.path if self.world.leads else None) as self.board,
+              RunLog(self.folder.log_path if self.world.leads else None, self.board.record) as self.log,
+              StepFile(self.folder.step_path if self.world.leads else None) as self.step_file,
+              StopRequest() as self.stop_request):
+            self._log_start(newest)
+            self._show_kernels()
+            self._loop()
+            self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1), repeated=self.repeated,
+                           **({"val": asdict(self.errors)} if self.errors else {}))
+        return self.errors
+
+    def _loop(self) -> None:
+        if self.validates:
+            self._validate()
+        saved_at = time.monotonic()
+        images = TrainingLoader(self.training, self.mean, self.batches, self.world.device, self.recipe.pixel_scale,
+                                self.world.threads, self.step, self.world.pictures, self.part)
+        bar = tqdm(total=self.stop, initial=self.step, unit="step", disable=None if self.world.leads else True,
+                   dynamic_ncols=True)
+        trace = self.folder.trace_path(self.world.rank) if self.options.profile and not self.world.replica else None
+        with images, bar, profiled(trace) as end_step:
+            interval, first = Interval(images, self.world), self.step
+            while self.step < self.stop and not self.recipe.schedule.ended(self.progress):
+                with record_function("wait for data"):
+                    pixels, labels = next(images)
+                if self.step == first:
+                    batch = self.batches.at(*divmod(self.step, self.steps_per_epoch))
+                    self.board.crops(pixels, batch, self.mean, self.recipe.pixel_scale, self.step)
+                interval.add(*self._step(pixels, labels), len(labels))
+                end_step()
+                self.step += 1
+                self.step_file.write(self.step)
+                bar.update()
+                self.validates = self.step % self.steps_per_epoch == 0
+                if not (self.step % CONTROL_STEPS == 1 or self.validates or self.step == self.stop):
+                    continue
+                late = time.monotonic() - saved_at > 60 * self.options.checkpoint_minutes
+                due, stopped = self._control(pixels, labels, late, interval, bar)
+                if due or stopped or self.validates or self.step == self.stop:
+                    self._save()
+                    saved_at = time.monotonic()
+                if stopped:
+                    self._end_early()
+                if self.validates:
+                    self._validate()
+                    self._show_kernels()
+                interval = Interval(images, self.world)
+        self._settle(last=True)
+
+    def _build(self, newest: Path | None) -> None:
+        world, shapes = self.world, whole_shapes(self.recipe, self.classes)
+        self.network = world.build(self.recipe, self.classes, self.identity.seed)
+        self.optimizer = optimizer_of(self.network, self.recipe)
+        self.tensors: dict[str, Tensor] = {}  # what a checkpoint holds
+        for name, parameter in self.network.named_parameters():
+            self.tensors[name] = parameter.detach()
+            self.tensors[f"velocity.{name}"] = self.optimizer.state[parameter]["velocity"]
+        shapes |= {f"velocity.{name}": shape for name, shape in shapes.items()}
+        if newest is not None:
+            checkpoint.load(newest, self.tensors, shapes, world.mesh)
+        self.train_step = TrainingStep(self.network, self.optimizer, first_class(self.classes, world.exchange),
+                                       world.exchange, world.graphs, world.averaged(self.network))
+        self.writer = CheckpointWriter(self.folder.checkpoints, shapes, self.options.keep, world.mesh, world.writing,
+                                       world.gather)
+        if newest is not None:
+            self._take_up(checkpoint.read_state(newest), newest)
+
+    def _take_up(self, state: dict, newest: Path) -> None:
+        try:
+            self.step, self.progress = state["step"], Progress(**state["progress"])
+            self.trained_s, self.repeated = float(state["trained_s"]), int(state.get("repeated", 0))
+            # Its checkpoint is begun before an epoch is validated. (Those of earlier versions were written after.)
+            self.validates = bool(state.get("validates", False))
+            if self.train_step.loss_scale and state.get("loss_scale"):
+                self.train_step.loss_scale.scale = float(state["loss_scale"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{newest}: damaged ({type(error).__name__}: {error}); remove it to use the one "
+                            "before") from None
+
+    def _step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one training step; return the loss and the number of images classified right."""
+        epoch = self.step // self.steps_per_epoch
+        self.rate = set_rates(self.optimizer, self.recipe,
+                              Moment(self.step, self.total_steps, epoch, self.progress))
+        if self.recipe.colour_shrink != 1 and self.batches.has_lighting(epoch):
+            pixels.div_(self.recipe.colour_shrink)
+        return self.train_step(pixels, labels, self.step)
+
+    def _control(self, pixels: Tensor, labels: Tensor, late: bool, interval: Interval, bar: tqdm) -> tuple[bool, bool]:
+        """Compare notes with the other processes and write the log: the batch, the health. Return whether any wants a
+        checkpoint, and whether any was asked to stop."""
+        # A sum is finite only where all is, and takes no memory.
+        sound = bool(torch.stack([tensor.sum() for tensor in self.tensors.values()]).isfinite().all())
+        flags = [late, self.stop_request.made, not sound, self.writer.has_failed()]
+        told = self.world.gather([*checksums(pixels, labels), *flags, *interval.told()])
+        late, stopped, unsound, failed = (any(column) for column in list(zip(*told))[2:6])
+        for first in range(0, len(told), self.world.towers):
+            if any(notes[:2] != told[first][:2] for notes in told[first : first + self.world.towers]):
+                self._fail("the two towers were given different images; do both hosts read the same shards with the "
+                           "same decoder?")
+        figures = interval.figures([notes[6:] for notes in told])
+        if unsound or not np.isfinite(figures["loss"]):
+            self._fail(f"the loss (now {figures['loss']:.4g}) or the weights are not finite; the last good "
+                       f"checkpoint is in {self.folder.checkpoints}; lower the learning rate or look at the data")
+        if failed:
+            self._settle()
+        self.trained_s += interval.seconds
+        self.last_loss = figures["loss"]
+        self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch, rate=self.rate, **figures)
+        bar.set_postfix_str(f"loss {figures['loss']:.3f}, error {figures['train_top1_error']:.1%}, "
+                            f"{figures['images_per_s']:,.0f} images/s, {figures['memory_gib']:.1f} GiB")
+        self._log_checkpoint()
+        return late, stopped
+
+    def _fail(self, reason: str) -> NoReturn:
+        """End the run; called by all processes alike."""
+        self.log.write("failed", step=self.step, reason=reason)
+        raise RunFailed(f"step {self.step}: {reason}")
+
+    def _end_early(self) -> NoReturn:
+        """End a run that was asked to stop; called by all processes alike, after a checkpoint was begun."""
+        self._settle(last=True)
+        self.log.write("stopped", step=self.step)
+        raise Stopped(f"stopped by SIGTERM at step {self.step} of {self.total_steps}, of which there is a checkpoint: "
+                      "go on with --resume")
+
+    def _validate(self) -> None:
+        began = time.perf_counter()
+        batches = EvaluationLoader(self.validation, self.mean, 1, self.recipe.batch, self.world.device,
+                                   self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at, self.recipe.crop,
+                                   self.part)
+        self.errors = errors = error_rates(self.network, batches, self.classes, self.world)
+        if errors.top1 < self.progress.best_error and self.world.leads:
+            self.writer.mark_best(self.step, errors.top1)
+        self.progress, self.validates = self.recipe.schedule.observe(self.progress, errors.top1), False
+        epoch = self.step // self.steps_per_epoch
+        self.log.write("epoch", epoch=epoch, step=self.step, val=asdict(errors), trained_s=round(self.trained_s, 1),
+                       validation_s=round(time.perf_counter() - began, 1))
+        if self.world.leads:
+            loss = f"loss {self.last_loss:.3f}, " if hasattr(self, "last_loss") else ""
+            tqdm.write(f"epoch {epoch}: {loss}validation top-1 error {errors.top1:.2%}, "
+                       f"top-5 {errors.top5:.2%}, {self.trained_s:.0f} s of training", file=sys.stderr)
+
+    def _show_kernels(self) -> None:
+        self.board.kernels(self.network.conv1.weight, self.recipe.kernels[0] // self.recipe.towers, self.step)
+
+    def _save(self) -> None:
+        """Begin a checkpoint, of sound shards."""
+        if self.world.leads and not self.folder.is_there():
+            raise RunFailed(f"{self.folder.path}: removed or renamed while the run went on, which ends here")
+        for images in (self.training, self.validation):
+            images.check_unchanged()
+        self._settle()
+        scale = self.train_step.loss_scale
+        self.writer.begin(self.step, self.tensors, {
+            "progress": asdict(self.progress), "validates": self.validates, "trained_s": self.trained_s,
+            "repeated": self.repeated, "loss_scale": scale.scale if scale else None, **self.identity.to_dict()})
+
+    def _settle(self, last: bool = False) -> None:
+        """Wait for the checkpoint that is being written. Without it the training goes on, but not for ever: a full disk
+        may have been seen to when the next one is written. Called by all processes alike."""
+        try:
+            self.writer.finish()
+        except NotWritten as error:
+            self.not_written += 1
+            self.log.write("not written", step=self.step, reason=str(error))
+            if last or self.not_written == NOT_WRITTEN:
+                raise
+            if self.world.leads:
+                tqdm.write(f"alexnet: {error} (or wait: the training goes on, and so it does with the next checkpoint)",
+                           file=sys.stderr)
+        self._log_checkpoint()
+
+    def _log_checkpoint(self) -> None:
+        written = self.writer.written()
+        if written is not None:
+            self.not_written = 0
+            self.log.write("checkpoint", step=written.step, path=str(written.path.relative_to(self.folder.path)),
+                           held_s=round(written.held_s, 3), seconds=round(written.seconds, 3))
+
+    def _log_start(self, newest: Path | None) -> None:
+        world = self.world
+        again = max(0, self.step_file.before - self.step)
+        self.repeated += again
+        self.log.write(
+            "resume" if newest or self.step_file.before else "start", command=facts.command(), commit=facts.commit(),
+            code=facts.code_hash(), versions=facts.versions(), hardware=facts.hardware(world.device), job=job(),
+            processes=world.size, replicas=world.replicas, threads=world.threads, device=str(world.device),
+            precision=world.precision, transport=world.transport if world.towers > 1 else None, step=self.step,
+            repeats=again, validates=self.validates, steps_per_epoch=self.steps_per_epoch, images=len(self.training),
+            stop=self.stop, **self.identity.to_dict())
+
+
+def checksums(pixels: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Return two numbers that depend on every label, every pixel's bits and their order in the batch, below 2^52: a
+    float64 holds them."""
+    place = torch.arange(1, len(labels) + 1, device=labels.device)
+    bits = pixels.movedim(1, -1).flatten(1).view(torch.int32)
+    return tuple(int(total) % (1 << 52) for total in
+                 ((labels * place).sum(), (bits.sum(1, dtype=torch.int64) * place).sum()))
