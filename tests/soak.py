@@ -1,6 +1,6 @@
 """A long training that is killed all the time, against one that is left alone: the same weights, bit for bit.
 
-    python tests/soak.py SHARDS FOLDER [--minutes 60] [--every 60] [--processes 2] [options of `alexnet train` after --]
+    python tests/soak.py SHARDS FOLDER [--minutes 60] [--every 60] [--processes 2] [options of `alexnet train`]
 
 Every so many seconds one process of the run, chosen by chance, gets SIGKILL, SIGSTOP or SIGTERM; now and then it is
 torchrun itself that gets SIGTERM, as from a scheduler. After the given time the run is stopped, and another one goes to
@@ -127,8 +127,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=60, help="seconds between kills, on average")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", help="of alexnet train")
-    arguments = parser.parse_args()
+    arguments, arguments.options = parser.parse_known_args()
     (arguments.folder / "tmp").mkdir(parents=True)
     chance, before = random.Random(arguments.seed), left_behind(arguments.folder)
     job = Job(arguments, arguments.folder / "killed")
