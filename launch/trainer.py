@@ -64,6 +64,7 @@ class Trainer:
         self.step, self.progress, self.errors = 0, Progress(), None
         self.validates = False  # whether an epoch has ended that has not been validated
         self.trained_s = 0.0  # without validation, earlier parts of a resumed run included
+        self.overhead_s = 0.0  # of this process: looking after the run, its log, and beginning checkpoints
         self.repeated = 0  # steps done twice, after restarts
         self.not_written = 0  # checkpoints, since the last good one
 
@@ -80,7 +81,7 @@ class Trainer:
             self._show_kernels()
             self._loop()
             self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1), repeated=self.repeated,
-                           **({"val": asdict(self.errors)} if self.errors else {}))
+                           overhead_s=round(self.overhead_s, 2), **({"val": asdict(self.errors)} if self.errors else {}))
         return self.errors
 
     def _loop(self) -> None:
@@ -108,11 +109,13 @@ class Trainer:
                 self.validates = self.step % self.steps_per_epoch == 0
                 if not (self.step % CONTROL_STEPS == 1 or self.validates or self.step == self.stop):
                     continue
+                looked = time.perf_counter()
                 late = time.monotonic() - saved_at > 60 * self.options.checkpoint_minutes
                 due, stopped = self._control(pixels, labels, late, interval, bar)
                 if due or stopped or self.validates or self.step == self.stop:
                     self._save()
                     saved_at = time.monotonic()
+                self.overhead_s += time.perf_counter() - looked
                 if stopped:
                     self._end_early()
                 if self.validates:

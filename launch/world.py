@@ -268,8 +268,9 @@ def _store(rank: int, size: int, timeout_s: float) -> dist.Store | None:
                  else dist.TCPStore(address, port, size, is_master=serves, timeout=limit))
     except RuntimeError as error:
         raise PeerError(f"{address}:{port}: no other processes to be met there ({reason(error)})") from None
-    # torchrun's own store would hold what an earlier attempt has left there.
-    return dist.PrefixStore(f"attempt{restarts()}", store)
+    # torchrun's own store holds what earlier attempts have left there. (Hosts count their attempts apart: where one has
+    # come back, they would not meet under a number. launch.torchrun has another store for each.)
+    return dist.PrefixStore(f"attempt{restarts()}", store) if served_by_agent else store
 
 
 def _choose_interface(name: str | None) -> None:

@@ -144,11 +144,13 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("no plain file")
         file = pa.memory_map(str(path))
-        if file.read(8) != b"ARROW1\0\0":
-            raise pa.ArrowInvalid("Not an Arrow file")
-        schema, *messages = pa.ipc.MessageReader.open_stream(file)
-        if schema.type != "schema" or pa.ipc.read_schema(schema) != SCHEMA:
+        reader = pa.ipc.open_file(file)
+        if reader.schema != SCHEMA:
             raise pa.ArrowInvalid("other columns than image, label, name")
+        file.seek(8)  # the messages one by one: the reader would unpack what is compressed
+        _, *messages = pa.ipc.MessageReader.open_stream(file)
+        if len(messages) != reader.num_record_batches:
+            raise pa.ArrowInvalid("other batches than it lists")
         if any(message.type != "record batch" or not _is_plain(message) for message in messages):
             raise pa.ArrowInvalid("no uncompressed images")
         batches = [pa.ipc.read_record_batch(message, SCHEMA) for message in messages]

@@ -118,6 +118,20 @@ def test_the_report_holds_what_the_run_says(made, tmp_path):
     assert page.count('src="data:image/') == 4 and not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_a_report_tells_of_each_environment_once(made, tmp_path):
+    """A run of days may have been started a hundred times."""
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    start = next(record for record in records if record["event"] == "start")
+    for step, changed in ((3, {}), (3, {}), (5, {"commit": "c0ffee"}), (6, {"commit": "c0ffee"})):
+        records.append({**start, **changed, "event": "resume", "step": step, "repeats": 2})
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert alexnet("report", run).exit_code == 0
+    page = re.sub("<[^>]+>", " ", (run / "report.html").read_text())
+    assert "Resumed 4 times; 8 steps were done twice." in " ".join(page.split())
+    assert page.count(start["versions"]["torch"]) == 1 and page.count("c0ffee") == 1
+
+
 def test_a_report_of_a_run_that_has_only_begun(made, tmp_path):
     run = shutil.copytree(made / "run", tmp_path / "run")
     for name in ("figures", "checkpoints", "similar"):

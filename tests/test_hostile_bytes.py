@@ -33,17 +33,20 @@ from pipeline.errors import DataError
 from pipeline.manifest import Manifest, ShardFile, Split, SynsetClass, check_files, parse_manifest
 from pipeline.shards import RAW_BYTES, SCHEMA, ShardImages, read_batches
 
-thorough = settings(max_examples=300, derandomize=True, deadline=None, database=None,
+thorough = settings(max_examples=200, derandomize=True, deadline=None, database=None,
                     suppress_health_check=list(HealthCheck))
 
 # JSON values where others belong; the last three are texts in place of which stands what JSON's writer would not write.
-ODD = [None, True, False, -1, 0, 1, 2**31, 2**63, 2**70, 0.5, 1e308, float("inf"), float("nan"), "", "two\nlines", "\ud800",
-       "../x", "/dev/null", "a" * 300, [], {}, [[]], [None], {"a": 1}, [["a", "b"]], [1, 2, 3], "DEEP", "DEEPER", "DIGITS"]
+ODD = [None, True, False, -1, 0, 1, 2**31, 2**63, 2**70, 0.5, 1e308, float("inf"), float("nan"), "", "two\nlines",
+       "\ud800", "../x", "/dev/null", "a" * 300, [], {}, [[]], [None], {"a": 1}, [["a", "b"]], [1, 2, 3],
+       "DEEP", "DEEPER", "DIGITS"]
 edits = st.lists(st.tuples(st.sampled_from(["replace", "replace", "replace", "remove", "add"]),
                            st.floats(0, 1, exclude_max=True), st.sampled_from(ODD)), min_size=1, max_size=3)
-tokens = st.lists(st.sampled_from([b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\u", b"1e999", b"-", b"null", b"\xff", b"\n",
-                                   b'"event"', b'"step"', b"ARROW1\0\0", b"\xff\xff\xff\xff", b"\0\0\0\0"]) | st.binary(),
-                  max_size=20).map(b"".join)  # fmt: skip
+tokens = st.lists(
+    st.sampled_from([b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\u", b"1e999", b"-", b"null", b"\xff", b"\n",
+                     b'"event"', b'"step"', b"ARROW1\0\0", b"\xff\xff\xff\xff", b"\0\0\0\0"]) | st.binary(),
+    max_size=20,
+).map(b"".join)  # fmt: skip
 
 
 def places(value: object) -> list[tuple[dict | list, str | int]]:
@@ -183,7 +186,8 @@ def test_damaged_tensors(tmp_path_factory, changes):
 @thorough
 @given(edits)
 def test_states(tmp_path_factory, edits):
-    state = {"step": 5, "files": {"a.safetensors": "0" * 64, "b.safetensors": "1" * 64}, "epoch": 1, "recipe": {"name": "x"}}
+    hashes = {"a.safetensors": "0" * 64, "b.safetensors": "1" * 64}
+    state = {"step": 5, "files": hashes, "epoch": 1, "recipe": {"name": "x"}}
     folder = written(tmp_path_factory.getbasetemp(), FILE, edited(state, edits))
     try:
         found = checkpoint.read_state(folder)
@@ -195,8 +199,8 @@ def test_states(tmp_path_factory, edits):
 
 
 @pytest.mark.parametrize("files", [
-    [["a.safetensors", "0"]], {"/dev/null": hashlib.sha256().hexdigest()}, {"../run.json": "0"}, {"a\0": "0"}, {"": "0"},
-    {".": "0"}, {"a.safetensors": 0}, {}, None,
+    [["a.safetensors", "0"]], {"/dev/null": hashlib.sha256().hexdigest()}, {"../run.json": "0"}, {"a\0": "0"},
+    {"": "0"}, {".": "0"}, {"a.safetensors": 0}, {}, None,
 ])  # fmt: skip
 def test_states_that_name_no_files(tmp_path, files):
     with pytest.raises(UserError, match="state.json: damaged"):
@@ -214,7 +218,7 @@ def arrow(images: list[bytes], batches: int = 1, **options) -> bytes:
     return file.getvalue()
 
 
-SHARDS = [arrow([b"one", b"two or", b"three"]), arrow([b"one", b"", b"three"], 3), arrow([b"", b"", b""], 4),
+SHARDS = [arrow([b"one", b"two or", b"three"]), arrow([b"one", b"", b"three"], 4), arrow([b"", b"", b""]),
           arrow([b"one", b"two", b"three"], compression="zstd")]
 
 
@@ -231,20 +235,27 @@ def images_of(folder: Path, shard: bytes) -> ShardImages | None:
     return images
 
 
-@pytest.mark.parametrize("shard", SHARDS[:3], ids=["one batch", "three batches", "one of them empty"])
+@pytest.mark.parametrize("shard", SHARDS[:3], ids=["one batch", "several", "empty images"])
 def test_shards_are_read(tmp_path, shard):
     images = images_of(tmp_path, shard)
     assert images.labels.tolist() == [0, 1, 1] and [images.name(i) for i in range(3)] == ["name0", "name1", "name2"]
     assert images.stored(0).tobytes() == (b"" if shard is SHARDS[2] else b"one")
 
 
-@pytest.mark.parametrize("shard", SHARDS, ids=["one batch", "three batches", "one of them empty", "compressed"])
+@pytest.mark.parametrize("shard", SHARDS[:2], ids=["one batch", "several"])
 def test_shards_of_which_one_number_is_another(tmp_path, shard):
     """Each of them in turn: lengths, places, types, labels."""
     for place in range(0, len(shard) - 8, 4):
         number = struct.unpack_from("<q", shard, place)[0]
-        for other in {number ^ 1, 0, -1, 8, 2**31 - 1, 2**40, -2**63} - {number}:
+        for other in {number ^ 1, -1, 2**40} - {number}:
             images_of(tmp_path, shard[:place] + struct.pack("<q", other) + shard[place + 8 :])
+
+
+def test_shards_of_which_one_byte_is_another(tmp_path):
+    shard = SHARDS[0]
+    for place, byte in enumerate(shard):
+        for other in {0, byte ^ 1, byte + 1 & 255} - {byte}:
+            images_of(tmp_path, shard[:place] + bytes([other]) + shard[place + 1 :])
 
 
 @thorough
@@ -278,7 +289,7 @@ def test_pipes_are_not_waited_for(tmp_path):
         check_files(tmp_path, [ShardFile("train.arrow", 0, 0, hashlib.sha256().hexdigest())])
 
 
-@settings(thorough, max_examples=600)
+@settings(thorough, max_examples=300)
 @given(tokens)
 def test_any_bytes(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
@@ -286,7 +297,8 @@ def test_any_bytes(tmp_path_factory, data):
         parse_manifest(data, "manifest.json")
     assert images_of(folder, data) is None
     assert loaded(written(folder, data)) is None
-    for read in (lambda: run_of(folder, data).read(), lambda: checkpoint.read_state(written(folder, FILE, data or b"x"))):
+    state = written(folder, FILE, data or b"x")
+    for read in (run_of(folder, data).read, lambda: checkpoint.read_state(state)):
         with pytest.raises(UserError) as error:
             read()
         assert told(error.value)

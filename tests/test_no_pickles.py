@@ -68,8 +68,8 @@ def test_sources_load_no_code(package):
     "import torch as t\nt.load(file, map_location='cpu')", "import torch\nread = torch.load",
     "import torch\ntorch.jit.load(file)", "import numpy as np\nnp.load(file)", "import numpy\nnumpy.load(file, 'r')",
     "import numpy as np\nnp.load(file, allow_pickle=True)", "from numpy import load as read\nread(file)",
-    "import pickle", "import pickle\npickle.load(file)", "from pickle import loads", "import yaml\nyaml.safe_load(file)",
-    "import joblib", "eval(text)", "exec(text)", "import torch\nprogram = 'state = torch.load(path)'",
+    "import pickle", "import pickle\npickle.load(file)", "from pickle import loads", "import joblib",
+    "import yaml\nyaml.safe_load(file)", "eval(text)", "exec(text)", "program = 'state = torch.load(path)'",
 ])  # fmt: skip
 def test_what_would_load_code_is_found(source):
     assert faults(source)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from click.testing import CliRunner
 from conftest import PROGRAMS, ROOT
 
 from launch.cli import cli
+from launch.errors import STOPPED
+from launch.runlog import read_log
 from model.batch_rule import with_batch
 from model.errors import RecipeError
 from model.layers import Dropout
@@ -67,33 +70,70 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def on_two_hosts(names: list[str], *words: str, timeout_s: float = 150) -> list[subprocess.CompletedProcess]:
-    """Run a program under launch.torchrun with two processes on each host."""
+def start(names: list[str], number: int, torchrun: list[str], *words: str) -> subprocess.Popen:
+    """Start a program under launch.torchrun on host 0 or 1."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         environment.pop(variable, None)
-    done: list = [None, None]
-
-    def host(number: int) -> None:
-        command = ["ip", "netns", "exec", names[number], sys.executable, "-m", "launch.torchrun", "--nnodes=2",
-                   "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", "--rdzv-id=test",
-                   f"--rdzv-conf=is_host={number == 0}", f"--local-addr=10.77.0.{number + 1}", *words]
-        done[number] = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT,
-                                      env=environment)
-
-    threads = [threading.Thread(target=host, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(one is not None for one in done)
-    return done
+    command = ["ip", "netns", "exec", names[number], sys.executable, "-m", "launch.torchrun", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=10.77.0.1:29400", "--rdzv-id=test", f"--local-addr=10.77.0.{number + 1}",
+               f"--rdzv-conf=is_host={number == 0},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
+               *torchrun, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                            env=environment, start_new_session=True)
 
 
 def test_two_hosts_equal_one_network(two_hosts):
-    done = on_two_hosts(two_hosts, str(PROGRAMS / "compare_towers.py"), *COMPARISON)
-    assert [one.returncode for one in done] == [0, 0], done
-    check(done[0].stdout + done[1].stdout, 4)
+    hosts = [start(two_hosts, number, ["--nnodes=2", "--nproc-per-node=2"], PROGRAMS / "compare_towers.py", *COMPARISON)
+             for number in (0, 1)]
+    told = [host.communicate(timeout=150) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], told
+    check("".join(output for output, _ in told), 4)
+
+
+def test_a_host_that_leaves_and_comes_back(two_hosts, shards, tmp_path):
+    """Its replica is done without, and then taken in again: the run goes on from its checkpoint each time."""
+    run = tmp_path / "run"
+    words = ["-m", "launch.cli", "train", shards, run, "--recipe", "tiny", "--epochs", "500", "--whole", "--threads", "1",
+             "--checkpoint-minutes", "0.05"]
+
+    def begin(number: int) -> subprocess.Popen:
+        return start(two_hosts, number, ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=9"], *words)
+
+    def records() -> list[dict]:
+        return read_log(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+
+    def wait_for(replicas: int) -> None:
+        """Until so many replicas have trained and written a checkpoint, after whatever was before."""
+        deadline = time.monotonic() + 100
+        while True:
+            found = records()
+            begun = [i for i, record in enumerate(found) if record["event"] in ("start", "resume")]
+            if begun and found[begun[-1]]["replicas"] == replicas and any(
+                record["event"] == "checkpoint" for record in found[begun[-1]:]
+            ):
+                return
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+
+    hosts = [begin(0), begin(1)]
+    try:
+        wait_for(2)
+        os.killpg(hosts[1].pid, signal.SIGKILL)
+        hosts[1].communicate()
+        wait_for(1)
+        hosts[1] = begin(1)
+        wait_for(2)
+        for host in hosts:
+            host.terminate()
+        told = [host.communicate(timeout=60) for host in hosts]
+        assert hosts[0].returncode == STOPPED, told
+    finally:
+        for host in hosts:
+            if host.poll() is None:
+                os.killpg(host.pid, signal.SIGKILL)
+    steps = [record["step"] for record in records() if record["event"] in ("start", "resume", "stopped")]
+    assert steps == sorted(steps) and steps[-1] > steps[1] > 0
 
 
 @pytest.mark.gpu

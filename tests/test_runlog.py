@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.profiling import RECORDED, SKIPPED, profiled
-from launch.runlog import RunLog, read_log
+from launch.runlog import RunLog, of_the_run, read_log
 
 
 def test_records_after_a_line_cut_short_are_kept(tmp_path):
@@ -30,6 +30,14 @@ def test_a_whole_log_is_continued_without_a_gap(tmp_path):
 def test_no_path_keeps_nothing():
     with RunLog(None) as log:
         log.write("start")
+
+
+def test_an_epoch_that_is_validated_anew_is_kept_once():
+    records = [{"event": "start", "step": 0}, {"event": "steps", "step": 10}, {"event": "epoch", "step": 10},
+               {"event": "steps", "step": 15}, {"event": "resume", "step": 10, "validates": True},
+               {"event": "epoch", "step": 10}, {"event": "resume", "step": 10, "validates": False}]
+    assert of_the_run(records, "epoch") == [{"event": "epoch", "step": 10}]
+    assert of_the_run(records, "steps") == [{"event": "steps", "step": 10}]
 
 
 @pytest.mark.parametrize("steps", [3, SKIPPED + 1, SKIPPED + RECORDED])

@@ -30,6 +30,8 @@ FIGURES = {
     "neighbours": "Left: validation pictures. Right of them: the training pictures nearest to them by the last hidden "
                   "layer, with their distance; green where the class is the same.",
 }
+TOLD_ELSEWHERE = ("event", "recipe", "wnids", "seed", "mean", "data")
+OF_EACH_START = ("time", "step", "repeats", "validates", "job")
 
 
 def write_report(path: Path, out: Path) -> None:
@@ -50,7 +52,7 @@ def write_report(path: Path, out: Path) -> None:
         page = environment.get_template("page.html.j2").render(
             name=path.resolve().name, run=run, recipe=_recipe_rows(run), published=PUBLISHED, data=data,
             evaluations=_evaluations(records), epochs=of_the_run(records, "epoch"), speed=_speed(records),
-            starts=[record for record in records if record["event"] in ("start", "resume", "import")],
+            environments=_environments(records), restarts=_restarts(records),
             failures=[record for record in records if record["event"] == "failed"],
             curves=_curves(records), figures=list(_figures(path / "figures")))
     except (jinja2.UndefinedError, *NOT_OURS) as error:
@@ -84,6 +86,26 @@ def _evaluations(records: list[dict]) -> list[dict]:
     found = [{"precision": None, **record} for record in records if record["event"] == "evaluation"]
     return list({tuple(one[key] for key in ("split", "views", "step", "data", "precision")): one
                  for one in found}.values())
+
+
+def _environments(records: list[dict]) -> list[dict]:
+    """What was so at the start, and at later ones what had changed, where anything had."""
+    found, known = [], {}
+    for record in records:
+        if record["event"] in ("start", "resume", "import"):
+            fields = {key: value for key, value in record.items() if key not in TOLD_ELSEWHERE}
+            changed = {key: value for key, value in fields.items()
+                       if key not in OF_EACH_START and known.get(key, key) != value}
+            known |= changed
+            if changed:
+                found.append({"time": record["time"], "step": record["step"]} | changed)
+    return found
+
+
+def _restarts(records: list[dict]) -> dict | None:
+    """How often the run was gone on with, and the steps that were done twice for it."""
+    resumed = [record for record in records if record["event"] == "resume"]
+    return {"times": len(resumed), "repeated": sum(record.get("repeats", 0) for record in resumed)} if resumed else None
 
 
 def _speed(records: list[dict]) -> dict | None:
