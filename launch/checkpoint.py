@@ -44,7 +44,7 @@ def steps(folder: Path) -> list[Path]:
 
 def best(folder: Path) -> Path | None:
     """Return the checkpoint with the lowest validation error so far; None where that is not known."""
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return folder / name_of(int(json.loads((folder / BEST).read_bytes())["step"]))
     return None
 
@@ -64,7 +64,10 @@ def read_state(checkpoint: Path) -> dict:
         state = json.loads((checkpoint / STATE).read_bytes())
         if "seal" in state and state.pop("seal") != _seal(state):  # earlier versions had none
             raise ValueError("changed since it was written")
-        if checkpoint.name != name_of(state["step"]) or not dict(state["files"]):
+        files = state["files"]
+        if checkpoint.name != name_of(state["step"]) or not isinstance(files, dict) or not files or not all(
+            re.fullmatch(r"\w[\w.-]*", name) and isinstance(digest, str) for name, digest in files.items()
+        ):
             raise ValueError("of another step, or without files")
         return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

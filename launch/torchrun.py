@@ -28,6 +28,15 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from launch.errors import RunFailed
+    from launch.loopback import keep_agents_on_loopback
+    from launch.unpickling import data_alone_between_agents
+
+    try:
+        keep_agents_on_loopback()
+        data_alone_between_agents()
+    except RunFailed as error:
+        sys.exit(f"alexnet: {error}")
     os.environ[LAUNCHER] = str(os.getpid())
     # Or the processes of all attempts would meet in one store, and find there what those before them have left.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -29,9 +29,11 @@ from launch.environment import (
     usable_cores,
 )
 from launch.errors import UserError
+from launch.heartbeat import Heartbeat
 from launch.loopback import loopback_store
 from launch.picture_swap import GlooSwap
 from launch.precision import MIXED
+from launch.unpickling import data_alone_between_processes
 from model.errors import PeerError, reason
 from model.exchange import Exchange
 from model.network import AlexNet
@@ -68,6 +70,7 @@ class World:
     mesh: DeviceMesh | None = None  # of the CPUs' memory; once connected, where there are several processes
     gradients: dist.ProcessGroup | None = None  # of this part's replicas; None where there is one
     writing: dist.ProcessGroup | None = None  # of all, for what goes on beside the training
+    heartbeat: Heartbeat | None = None  # where there are several processes
 
     @property
     def leads(self) -> bool:
@@ -156,6 +159,7 @@ class World:
             raise UserError("a network of one tower runs in one process: start it without torchrun, or with "
                             "--nproc-per-node=1 (launch/train.sh: PROCESSES=1), or train --whole")
         limit = timedelta(seconds=self.timeout_s)
+        data_alone_between_processes()
         try:
             dist.init_process_group("gloo", store=dist.PrefixStore("control", self.store),
                                     rank=self.rank, world_size=self.size, timeout=limit)
@@ -242,20 +246,23 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     if graphs and several:
         raise UserError("--graphs is of one network: leave it out where replicas train")
     graphs = graphs_by_default(chosen, transport, size) and not several if graphs is None else graphs
-    world = World(rank, size, chosen, threads, timeout_s, transport, _store(rank, size, timeout_s),
-                  precision=precision, graphs=graphs, whole=whole)
+    world = World(rank, size, chosen, threads, timeout_s, transport, precision=precision, graphs=graphs, whole=whole)
+    if size > 1:
+        world.store, beats = _stores(rank, size, timeout_s)
+        world.heartbeat = Heartbeat(beats, rank, size)
     yield world
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
+    if world.heartbeat is not None and dist.is_initialized():
+        world.heartbeat.part()
+        world.gather([])
     if world.exchange is not None:
         world.exchange.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _store(rank: int, size: int, timeout_s: float) -> dist.Store | None:
-    """Return the store in which the processes of this attempt meet."""
-    if size == 1:
-        return None
+def _stores(rank: int, size: int, timeout_s: float) -> tuple[dist.Store, dist.Store]:
+    """Return the store in which the processes of this attempt meet, and the same again over another connection."""
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(sorted(missing))} are not set: start with torchrun")
     address, port = os.environ["MASTER_ADDR"], from_environment("MASTER_PORT", 0, 1, 65535)
@@ -266,17 +273,19 @@ def _store(rank: int, size: int, timeout_s: float) -> dist.Store | None:
     try:
         store = (loopback_store(port, size, serves, limit) if one_host
                  else dist.TCPStore(address, port, size, is_master=serves, timeout=limit))
+        beats = dist.TCPStore(store.host, port, timeout=limit, wait_for_workers=False)
     except RuntimeError as error:
         raise PeerError(f"{address}:{port}: no other processes to be met there ({reason(error)})") from None
     # torchrun's own store holds what earlier attempts have left there. (Hosts count their attempts apart: where one has
     # come back, they would not meet under a number. launch.torchrun has another store for each.)
-    return dist.PrefixStore(f"attempt{restarts()}", store) if served_by_agent else store
+    attempt = f"attempt{restarts()}" if served_by_agent else ""
+    return dist.PrefixStore(attempt, store), dist.PrefixStore(attempt, beats)
 
 
 def _choose_interface(name: str | None) -> None:
-    """Have RPC and gloo listen on an interface, where the user has not named one."""
+    """Have RPC, gloo and NCCL's start listen on an interface, where the user has not named one."""
     if name is not None:
-        for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, name)
     used = os.environ.get("TP_SOCKET_IFNAME")
     warning = warning_about(address_of(used) or "") if used else None

@@ -112,11 +112,11 @@ def test_rows():
 def test_two_cpu_cores_do_what_the_formulas_say():
     """docs/scaling.md states the tolerance."""
     *found, smallest = checks()
-    assert len(found) == 5
+    assert len(found) == 4
     for check in found:
-        assert check["predicted"] / check["measured"] == pytest.approx(1, abs=0.15), check
-    assert 1 < smallest["predicted"] / smallest["measured"] < 1.5  # more than the weights is fixed
-    assert "All are within 15 % but the last" in (ROOT / "docs" / "scaling.md").read_text()
+        assert check["predicted"] / check["measured"] == pytest.approx(1, abs=0.1), check
+    assert 1 < smallest["predicted"] / smallest["measured"] < 1.2
+    assert "All are within 10 %, the last within 20 %" in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_constants_stand_in_the_results():

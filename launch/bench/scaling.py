@@ -24,7 +24,7 @@ IMAGES, EPOCHS = 1_281_167, 90  # of ILSVRC-2012's training set; the recipe's
 LAYOUTS = {1: "whole", 2: "pairs"}  # by GPUs a network
 # Measured for docs/scaling.md on the machine of docs/results.md.
 LOOPBACK = 1.2e9  # bytes/s from process to process: `bench exchange --transport gloo`
-SMALL_BATCHES = {32: 85.0, 8: 62.0, 2: 26.0}  # images/s by images: `bench step --batch`
+SMALL_BATCHES = {8: 66.4, 2: 29.2}  # images/s by images: `bench step --batch`
 FC = ("fc8", "fc7", "fc6")  # in the order of their gradients
 
 
@@ -215,7 +215,7 @@ def rows(machines: tuple[Machine, Machine], data: str, batch: int | None) -> lis
 
 def checks() -> list[dict]:
     """Return what the same functions say of two CPU cores, in images/s unless said otherwise, beside what was measured
-    (docs/results.md, "Full width"; the last three: docs/scaling.md)."""
+    (docs/results.md, "Full width"; the last two: docs/scaling.md)."""
     whole_s = NOTES.batch / 101.3  # two threads
     moved = step_work(NOTES, 1000, number_bytes=4)[1]
     cpu = replace(SLOW, whole_s=whole_s, tower_s=whole_s / 2, copied_bytes_per_s=moved / (0.055 * whole_s),

@@ -1,0 +1,82 @@
+"""Processes that are stopped, or whose host is gone, are noticed within ten seconds, whatever the others wait for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import ROOT
+from towers_at_work import Towers, wait_for_steps
+
+PROGRAM = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from launch.heartbeat import Heartbeat
+rank, port, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=5))
+beats = Heartbeat(store, rank, 3)
+print("begun", flush=True)
+time.sleep(seconds)
+beats.part()
+store.add("parted", 1)
+while int(store.add("parted", 0)) < 3:
+    time.sleep(0.01)
+time.sleep(1 if rank == 0 else 0)
+"""
+
+
+def start(free_port: int, *seconds: float) -> list[subprocess.Popen]:
+    """Three processes, which part after so many seconds."""
+    started = []
+    for rank, one in enumerate(seconds):
+        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), str(free_port), str(one)], cwd=ROOT,
+                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "FATAL"}))
+        assert started[-1].stdout.readline() == "begun\n"
+    return started
+
+
+def test_processes_that_part_at_different_times_end_well(free_port):
+    processes = start(free_port, 12, 0.5, 1)
+    told = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0] and not any(error for _, error in told), told
+
+
+def test_a_stopped_process_ends_the_others(free_port):
+    processes = start(free_port, 60, 60, 60)
+    time.sleep(2)
+    processes[2].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    told = [process.communicate(timeout=30)[1] for process in processes[:2]]
+    assert time.monotonic() - stopped < 12  # 7 to 8, and what a busy machine adds
+    assert [process.returncode for process in processes[:2]] == [1, 1]
+    assert told == ["alexnet: process 2 has been silent for 7 s: it hangs, was stopped, or its host is gone\n", ""]
+    processes[2].kill()
+    processes[2].communicate()
+
+
+def test_the_process_with_the_store_is_stopped(free_port):
+    processes = start(free_port, 60, 60, 60)
+    time.sleep(2)
+    processes[0].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    told = [process.communicate(timeout=30)[1] for process in processes[1:]]
+    assert time.monotonic() - stopped < 12 and [process.returncode for process in processes[1:]] == [1, 1]
+    assert told == ["alexnet: process 0 has been silent for 7 s: it hangs, was stopped, or its host is gone\n", ""]
+    processes[0].kill()
+    processes[0].communicate()
+
+
+def test_a_tower_is_stopped_while_the_other_waits_for_it(shards, tmp_path):
+    """Far within --timeout, which is 300 s; torchrun does not wait for the stopped one either."""
+    towers = Towers(shards, tmp_path / "run", "--epochs", "50", "--steps", "700")
+    wait_for_steps(tmp_path / "run")
+    os.kill(towers.workers()[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    output = towers.output(timeout_s=40)
+    assert time.monotonic() - stopped < 15 and towers.process.returncode == 1
+    assert "alexnet: process 1 has been silent for 7 s: it hangs, was stopped, or its host is gone\n" in output
