@@ -99,12 +99,12 @@ def main() -> None:
     try:
         code = cli.main(prog_name="alexnet", standalone_mode=False) or 0
     except click.ClickException as error:
-        leads = os.environ.get("RANK", "0") == "0"
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"  # of this host's processes
         if error.exit_code == STOPPED and not leads:
-            os._exit(STOPPED)  # all were stopped; rank 0 says so
+            os._exit(STOPPED)  # all were stopped; the first says so
         if "TORCHELASTIC_RUN_ID" in os.environ and (not leads or _of_another(error.message)):
-            # Most likely rank 0 fails of the same, or the other process failed first and has told why:
-            # torchrun ends this process while it waits, and what went wrong is told once.
+            # Most likely the first process fails of the same, or another failed first and has told why: torchrun ends
+            # this process while it waits, and what went wrong is told once.
             end_stopped_siblings()
             time.sleep(5 if _of_another(error.message) else 20)
         if isinstance(error, click.exceptions.NoArgsIsHelpError):

@@ -52,7 +52,7 @@ def process_options(command):
         click.option("--precision", type=click.Choice(PRECISIONS),
                      help="Of convolutions and products; default: fp32 on a CPU, tf32 on a GPU."),
         click.option("--timeout", "timeout_s", default=300.0, show_default=True, type=Number(1, 86400),
-                     help="Seconds after which a silent peer ends the run."),
+                     help="Seconds after which a peer that is there, but sends nothing, ends the run."),
         click.option("--threads", type=click.IntRange(1, 1024),
                      help="CPU threads for arithmetic, and as many for DALI; default: a fair share of the cores."),
     )):
