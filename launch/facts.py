@@ -61,10 +61,11 @@ def hardware(device: torch.device | None) -> dict:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return what this process has of the GPU's memory, or on a CPU of the host's."""
+    """Return what this process has of the GPU's memory, or on a CPU of the host's; mapped files do not count."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / 2**30
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def command() -> str:
