@@ -20,7 +20,7 @@ from torch import nn
 from launch.cli import cli
 from launch.errors import UserError
 from launch.run_folder import RunFolder
-from launch.weights import bundle, standalone
+from launch.weights import standalone
 from launch.weights.bundle import Bundle, bundle_of_run, write_run
 from launch.weights.exporting import _config
 from model.ablations import ABLATIONS, ablated
@@ -245,7 +245,7 @@ def test_an_import_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 
     assert alexnet("export", run, tmp_path / "net.safetensors").exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(bundle, "save", full)
+        patch.setattr("launch.weights.bundle.save", full)
         assert alexnet("import", tmp_path / "net.safetensors", tmp_path / "again").exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
     assert alexnet("import", tmp_path / "net.safetensors", tmp_path / "again").exit_code == 0
