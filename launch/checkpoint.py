@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from launch.errors import UserError
 from model.errors import PeerError, reason
-from pipeline.files import sha256_of
+from pipeline.files import read_plain, sha256_of
 
 STATE, BEST = "state.json", "best.json"
 
@@ -45,7 +45,7 @@ def steps(folder: Path) -> list[Path]:
 def best(folder: Path) -> Path | None:
     """Return the checkpoint with the lowest validation error so far; None where that is not known."""
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
-        return folder / name_of(int(json.loads((folder / BEST).read_bytes())["step"]))
+        return folder / name_of(int(json.loads(read_plain(folder / BEST))["step"]))
     return None
 
 
@@ -61,7 +61,7 @@ def _seal(state: dict) -> str:
 def read_state(checkpoint: Path) -> dict:
     """Return what lies beside the tensors; Damaged where it is not what was written."""
     try:
-        state = json.loads((checkpoint / STATE).read_bytes())
+        state = json.loads(read_plain(checkpoint / STATE))
         if "seal" in state and state.pop("seal") != _seal(state):  # earlier versions had none
             raise ValueError("changed since it was written")
         files = state["files"]
@@ -90,8 +90,10 @@ def check(checkpoint: Path) -> dict:
 def set_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint, whose place is wanted, to step-N.damaged."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    if aside.exists():
+    if aside.is_dir():
         shutil.rmtree(aside)
+    else:
+        aside.unlink(missing_ok=True)
     checkpoint.rename(aside)
 
 

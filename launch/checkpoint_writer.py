@@ -62,6 +62,7 @@ class CheckpointWriter:
         self._folder, self._whole, self._keep = folder, whole, keep
         self._mesh, self._group, self._gather = mesh, group, gather
         self._writing: Future | None = None
+        self._best: tuple[int, float] | None = None  # step and validation error
 
     def begin(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         """Copy this process's `tensors` and begin to write them; `state` is JSON to lie beside them. Call `finish`
@@ -78,13 +79,15 @@ class CheckpointWriter:
 
     def has_failed(self) -> bool:
         """Whether `finish` is going to raise: the processes are to tell each other and then call it."""
-        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+        return self._is_over() and self._writing.exception() is not None
 
     def written(self) -> Written | None:
         """Return what has become whole since it was last asked for, if anything has."""
-        if self._writing is None or not self._writing.done() or self._writing.exception():
+        if not self._is_over() or self._writing.exception():
             return None
         self._writing = None
+        if self._best is not None and self._best[0] == self._step:
+            self._mark_best()
         return Written(self._step, self._path, self._held_s, self._ended[0] - self._began)
 
     def finish(self) -> None:
@@ -92,7 +95,7 @@ class CheckpointWriter:
         one of them dies or hangs meanwhile."""
         if self._writing is None and self._mesh is None:
             return
-        while min(column[0] for column in self._gather([self._writing is None or self._writing.done()])) < 1:
+        while min(over for over, in self._gather([self._writing is None or self._is_over()])) < 1:
             wait([self._writing] if self._writing else [], LOOK_S)
         if self._writing is None:
             return
@@ -105,11 +108,19 @@ class CheckpointWriter:
         if error is not None:
             raise PeerError(f"another process died or hangs at a checkpoint ({reason(error)})") from error
 
+    def _is_over(self) -> bool:
+        """Whether what was begun has come to an end, of which the time is known: a Future is done a moment before."""
+        return self._writing is not None and bool(self._ended)
+
     def mark_best(self, step: int, top1_error: float) -> None:
-        """Have the checkpoint of `step`, which may still be on its way, be kept until a better one comes; rank 0's."""
-        with suppress(OSError):  # a full disk, of which the checkpoint tells
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_durably(self._folder / BEST, json.dumps({"step": step, "top1_error": top1_error}).encode())
+        """Have the checkpoint of `step` be kept until a better one comes, as soon as it is whole; rank 0's."""
+        self._best = step, top1_error
+        if (self._folder / name_of(step)).is_dir():
+            self._mark_best()
+
+    def _mark_best(self) -> None:
+        with suppress(OSError):  # a full disk: the best one before stays it
+            write_durably(self._folder / BEST, json.dumps(dict(zip(("step", "top1_error"), self._best))).encode())
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, torch.Size], state: dict) -> Path:
@@ -134,16 +145,25 @@ class _Storage(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         for unfinished in self._final.parent.glob("step-*.tmp"):  # a kill left it
-            shutil.rmtree(unfinished)
+            _remove(unfinished)
         self._temporary.mkdir(parents=True)
         return super().prepare_global_plan(plans)
 
     def finish(self, metadata, results) -> None:
-        files = {path.name: sha256_of(path) for path in sorted(self._temporary.glob("*.safetensors"))}
+        names = {written.storage_data.relative_path for of_a_process in results for written in of_a_process}
+        files = {name: sha256_of(self._temporary / name) for name in sorted(names)}
         write_durably(self._temporary / STATE, sealed({**self._state, "files": files}))
         os.replace(self._temporary, self._final)
         folder = self._final.parent
         sync(folder)
         for old in steps(folder)[: -self._keep]:
             if old != best(folder):
-                shutil.rmtree(old)
+                _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove what is in the way, as far as that goes: what stays does no harm to the checkpoint that is written."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -29,11 +29,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 class _Failure(click.ClickException):
-    """`final`: started anew, the job would fail in the same way."""
+    """`final`: started anew, the job would fail in the same way. `of_another`: another process has ended first."""
 
-    def __init__(self, message: str, exit_code: int, final: bool = False):
+    def __init__(self, message: str, exit_code: int, final: bool = False, of_another: bool = False):
         super().__init__(message)
-        self.exit_code, self.final = exit_code, final
+        self.exit_code, self.final, self.of_another = exit_code, final, of_another
 
     def show(self, file=None) -> None:
         click.echo("alexnet: " + " ".join(self.message.splitlines()), err=True)
@@ -54,7 +54,9 @@ class _Commands(click.Group):
         except Stopped as error:
             tell_ending(STOPPED)
             raise _Failure(str(error), STOPPED) from None
-        except (PeerError, PreprocessError, OutOfMemory) as error:
+        except PeerError as error:
+            raise _Failure(str(error), 1, of_another=True) from None
+        except (PreprocessError, OutOfMemory) as error:
             raise _Failure(str(error), 1) from None
         except RunFailed as error:
             raise _Failure(str(error), 1, final=True) from None
@@ -63,8 +65,8 @@ class _Commands(click.Group):
             context.exit(1)
         except OSError as error:
             if error.filename is None:
-                raise _Failure(f"cannot read or write: {error.strerror or error}", 1) from None
-            raise _Failure(f"{error.filename}: {error.strerror}", 2) from None
+                raise _Failure(f"cannot read or write: {error.strerror or error}", 1, final=True) from None
+            raise _Failure(f"{error.filename}: {error.strerror}", 2, final=True) from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -79,11 +81,6 @@ for command in (
     weights.import_, benchmarks.bench, doctor.doctor, watch.watch,
 ):
     cli.add_command(command)
-
-
-def _of_another(message: str) -> bool:
-    """Whether an error is about another process."""
-    return "other tower" in message or "another process" in message or "other processes" in message
 
 
 def main() -> None:
@@ -102,11 +99,12 @@ def main() -> None:
         leads = os.environ.get("LOCAL_RANK", "0") == "0"  # of this host's processes
         if error.exit_code == STOPPED and not leads:
             os._exit(STOPPED)  # all were stopped; the first says so
-        if "TORCHELASTIC_RUN_ID" in os.environ and (not leads or _of_another(error.message)):
+        of_another = getattr(error, "of_another", False)
+        if "TORCHELASTIC_RUN_ID" in os.environ and (not leads or of_another):
             # Most likely the first process fails of the same, or another failed first and has told why: torchrun ends
             # this process while it waits, and what went wrong is told once.
             end_stopped_siblings()
-            time.sleep(5 if _of_another(error.message) else 20)
+            time.sleep(5 if of_another else 20)
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.ctx.get_help(), err=True)
             sys.exit(error.exit_code)

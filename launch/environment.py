@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import resource
 import signal
 import time
 from contextlib import suppress
@@ -32,6 +33,17 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # malloc.h
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
+
+
+def allow_open_files(wanted: int = 4096, least: int = 256) -> None:
+    """Raise this process's limit of open files, which is low in many shells; UserError where few are all there may be."""
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    infinite = resource.RLIM_INFINITY
+    if limit != infinite and limit < wanted:
+        limit = wanted if highest == infinite else min(wanted, highest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest))
+        if limit < least:
+            raise UserError(f"only {limit} open files are allowed: raise that (ulimit -n 4096)")
 
 
 def from_environment(name: str, default: int, least: int, most: int) -> int:
@@ -91,9 +103,11 @@ def end_job(code: int) -> None:
 
 
 def end_stopped_siblings() -> None:
-    """Kill the processes of this host's job that are stopped (SIGSTOP): torchrun waits in vain for them to end."""
+    """Kill the processes of launch.torchrun here that are stopped (SIGSTOP): it waits in vain for them to end."""
     with suppress(OSError, ValueError):
         parent = os.getppid()
+        if os.environ.get(LAUNCHER) != str(parent):
+            return
         for pid in map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()):
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
                 os.kill(pid, signal.SIGKILL)

@@ -23,14 +23,15 @@ PARTED = b"parted"
 class Heartbeat:
     """Of process `rank` of `size`. `store`, which process 0 has, is all processes', over a connection of its own.
 
-    Where another process has been silent for LIMIT_S, this one ends with exit code 1.
+    Process 0 hears all others, and they hear it. Where one has been silent for LIMIT_S, who hears it ends with exit
+    code 1; and with that end everybody does.
     """
 
     def __init__(self, store: Store, rank: int, size: int):
         self._store, self._rank = store, rank
-        self._parting = threading.Event()
-        # By process, when it was last heard of. Where the store does not answer nobody is, and process 0 is the first.
-        self._heard = {other: time.monotonic() for other in range(size) if other != rank}
+        self._parting, self._judging = threading.Event(), True
+        # By process, when it was last heard of. Where the store does not answer, nobody is.
+        self._heard = dict.fromkeys(range(1, size) if rank == 0 else [0], time.monotonic())
         self._parted: set[int] = set()
         self._speaking = threading.Thread(target=self._speak, daemon=True)
         self._speaking.start()
@@ -41,22 +42,31 @@ class Heartbeat:
         self._parting.set()
         self._speaking.join()
 
+    def judge_no_more(self) -> None:
+        """Go on saying that this process is there, and leave it to itself how it ends."""
+        self._judging = False
+
     def _speak(self) -> None:
-        """Say that this process is there, and hear the others."""
+        """Say that this process is there, and hear others."""
         number, said = 0, {}
         with suppress(RuntimeError):  # the store is gone: its process is silent from now on
             while not self._parting.wait(EVERY_S):
                 number += 1
                 self._store.set(f"beat/{self._rank}", str(number))
-                for other in self._heard:
-                    key = f"beat/{other}"
-                    new = self._store.get(key) if self._store.check([key]) else None  # it may not have begun yet
+                for other, new in self._heard_now().items():
                     if new == PARTED:
                         self._parted.add(other)
                     if new is None or new != said.get(other):
                         self._heard[other] = time.monotonic()
                     said[other] = new
             self._store.set(f"beat/{self._rank}", PARTED.decode())
+
+    def _heard_now(self) -> dict[int, bytes | None]:
+        """Return what each process says; None where it has not begun."""
+        keys = {other: f"beat/{other}" for other in self._heard}
+        if self._store.check(list(keys.values())):
+            return dict(zip(keys, self._store.multi_get(list(keys.values()))))
+        return {other: self._store.get(key) if self._store.check([key]) else None for other, key in keys.items()}
 
     def _judge(self) -> None:
         before = time.monotonic()
@@ -65,10 +75,18 @@ class Heartbeat:
             if now - before > LIMIT_S / 2:  # this process did not run itself, and has heard nobody
                 self._heard = dict.fromkeys(self._heard, now)
             before = now
-            for other, heard in self._heard.items():
-                if now - heard > LIMIT_S and other not in self._parted:
-                    end_stopped_siblings()  # torchrun would wait for them to end
-                    if self._rank == min(process for process in (self._rank, *self._heard) if process != other):
-                        print(f"alexnet: process {other} has been silent for {LIMIT_S:g} s: it hangs, was stopped, or its "
-                              "host is gone", file=sys.stderr, flush=True)
-                    os._exit(1)
+            silent_s = {other: now - heard for other, heard in self._heard.items() if other not in self._parted}
+            if max(silent_s.values(), default=0) > LIMIT_S and self._judging:
+                silent = [other for other, seconds in silent_s.items() if seconds > LIMIT_S - 2 * EVERY_S]
+                end_stopped_siblings()  # torchrun would wait for them to end
+                local_rank = int(os.environ.get("LOCAL_RANK", self._rank))
+                if local_rank == (1 if self._rank == local_rank != 0 else 0):  # one of those of a host that are left
+                    print(f"alexnet: {_listed(silent)} been silent for {LIMIT_S:g} s: hanging, or stopped, or the host "
+                          "is gone", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def _listed(processes: list[int]) -> str:
+    if len(processes) == 1:
+        return f"process {processes[0]} has"
+    return f"processes {', '.join(map(str, processes))} have"

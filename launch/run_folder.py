@@ -18,7 +18,7 @@ from launch.processes import alone
 from launch.runlog import read_log
 from model.errors import RecipeError, reason
 from model.recipe import Recipe
-from pipeline.files import locked, sha256_of, write_durably
+from pipeline.files import locked, read_plain, sha256_of, write_durably
 from pipeline.manifest import FILE_NAME
 
 
@@ -103,18 +103,19 @@ class RunFolder:
     def hashed(self) -> dict[str, list[int]]:
         """Return the stamps of shards whose hashes were right when this run began; none where they are not known."""
         with suppress(OSError, ValueError, RecursionError):
-            stamps = json.loads((self.path / "hashed.json").read_bytes())
+            stamps = json.loads(read_plain(self.path / "hashed.json"))
             return stamps if isinstance(stamps, dict) else {}
         return {}
 
     def write_hashed(self, stamps: dict[str, list[int]]) -> None:
-        write_durably(self.path / "hashed.json", json.dumps(stamps).encode())
+        with suppress(OSError):  # a full disk: they are hashed again
+            write_durably(self.path / "hashed.json", json.dumps(stamps).encode())
 
     def read(self) -> Run:
         """UserError where there is no run, or its description is damaged."""
         path = self.path / "run.json"
         try:
-            fields = json.loads(path.read_bytes())
+            fields = json.loads(read_plain(path))
             wnids = list(fields["wnids"])
             words = list(fields.get("words", [""] * len(wnids)))  # runs of earlier versions have none
             return Run(Recipe.from_dict(fields["recipe"]), fields["seed"], wnids, words, fields["data"], fields["mean"])
@@ -134,6 +135,8 @@ class RunFolder:
 
         With `tell`, a line says which were passed over. UserError where it is another run's, or all are damaged.
         """
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise UserError(f"{self.checkpoints}: no folder; move it away, or restore the checkpoints")
         damaged: list[str] = []
         for path in reversed(checkpoint.steps(self.checkpoints)):
             try:
@@ -142,8 +145,8 @@ class RunFolder:
                 damaged.append(str(error))
                 continue
             self._check_whose(path, state, run)
-            for reason in damaged if tell else ():
-                print(f"alexnet: {reason}; taking the one before, {path.name}", file=sys.stderr)
+            for told in damaged if tell else ():
+                print(f"alexnet: {told}; taking the one before, {path.name}", file=sys.stderr)
             return path
         if damaged:
             raise UserError(f"{damaged[0]}, and no other checkpoint is there to take; restore it, or train anew in "

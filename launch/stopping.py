@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import TracebackType
 
 from model.errors import PeerError
 
 
+IMPATIENT_S = 5.0  # a scheduler may signal every process, and torchrun passes its own signal on: that is one request
+
+
 class StopRequest:
-    """While it is open, the first SIGTERM only sets `made`; a second one ends the process at once, as ever."""
+    """While it is open, SIGTERM only sets `made`; one that comes some seconds later ends the process at once, as ever."""
 
     def __init__(self):
         self.made = False
 
     def _ask(self, number: int, frame: object) -> None:
-        self.made = True
-        signal.signal(signal.SIGTERM, self._before)
+        if not self.made:
+            self.made, self._asked = True, time.monotonic()
+        elif time.monotonic() - self._asked > IMPATIENT_S:
+            signal.signal(signal.SIGTERM, self._before)
+            signal.raise_signal(signal.SIGTERM)
 
     def __enter__(self) -> StopRequest:
         self._here = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from launch.environment import ENDING, LAUNCHER
 
-PREFIX = "alexnet-torchrun-"
+PREFIX, LOCK = "alexnet-torchrun-", "lock"
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     from launch.errors import RunFailed
     from launch.loopback import keep_agents_on_loopback
@@ -40,6 +41,8 @@ def main() -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     # Or the processes of all attempts would meet in one store, and find there what those before them have left.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would handle it all the same
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.disable(logging.CRITICAL)  # torchrun's agent would add lines of its own to those of the workers
     with _folder() as folder:
         ending = folder / "ending"
@@ -49,27 +52,49 @@ def main() -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:
-                print(f"alexnet: the process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}",
-                      file=sys.stderr)
+                print(f"alexnet: the process of rank {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
             sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
-        except (KeyboardInterrupt, SignalException) as error:
+        except (ValueError, AssertionError) as error:  # of its options
+            print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} "
+                  f"({(str(error) or type(error).__name__).splitlines()[0]})", file=sys.stderr)
+            sys.exit(2)
+        except (KeyboardInterrupt, SignalException, RendezvousError) as error:
             with suppress(OSError, ValueError):
                 sys.exit(int(ending.read_text()))
+            if isinstance(error, RendezvousError):
+                print(f"alexnet: the hosts of this job do not meet, or no more "
+                      f"({(str(error) or type(error).__name__).splitlines()[0]}): are all of them running, and can they "
+                      "reach --rdzv-endpoint?", file=sys.stderr)
+                sys.exit(1)
             stopped_by = getattr(error, "sigval", signal.SIGINT)
-            print(f"alexnet: stopped by {signal.Signals(stopped_by).name}", file=sys.stderr)
+            print(f"alexnet: stopped by {_name(stopped_by)}", file=sys.stderr)
             sys.exit(128 + stopped_by)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {number}"
 
 
 @contextmanager
 def _folder() -> Iterator[Path]:
     """Give a temporary folder, and remove those of launchers that were killed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError), open(left / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, open(Path(folder, "lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Path(folder)
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            with open(os.open(left / LOCK, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix="alexnet-"))
+    try:
+        with open(folder / LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder = folder.rename(place / f"{PREFIX}{os.getpid()}-{folder.name[8:]}")  # locked before others look at it
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

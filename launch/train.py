@@ -41,12 +41,13 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
     to mend), PeerError, RunFailed, Stopped.
     """
     world.await_leader()
-    restarted = folder.begun_by(job()) or restarts() > 0 and folder.is_there()
+    # A job without a name of its own cannot tell whose run is there, and takes it for the one that it began.
+    restarted = folder.begun_by(job()) if job() else restarts() > 0 and folder.is_there()
     manifest, data = load_manifest(shards)
     hashed: dict[str, list[int]] = {}
     if world.leads:
-        known = folder.hashed() if restarted else {}
-        hashed = check_shards(shards, manifest, known) if options.check_hashes else check_shards(shards, manifest, None)
+        known = None if not options.check_hashes else folder.hashed() if restarted else {}
+        hashed = check_shards(shards, manifest, known)
     seen = checkpoint.steps(folder.checkpoints)
     if options.resume or restarted:
         run = _resumed(folder, recipe, seed, epochs, data)
@@ -79,7 +80,8 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
                 folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())
             for damaged in seen[seen.index(newest) + 1 if newest else 0 :]:
                 checkpoint.set_aside(damaged)
-            folder.write_hashed(hashed)
+            if hashed:
+                folder.write_hashed(hashed)
         try:
             return trainer.run(newest)
         except torch.OutOfMemoryError:
@@ -90,8 +92,11 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
 def _resumed(folder: RunFolder, recipe: Recipe | None, seed: int | None, epochs: int | None, data: str) -> Run:
     run = folder.read()
     if recipe is not None and replace(recipe, epochs=run.recipe.epochs) != run.recipe:
-        raise UserError(f"{folder.path}: a run of recipe {run.recipe.name}, not {recipe.name} as it is now; "
-                        "resume without --recipe, or train in another folder")
+        wanted = {**recipe.to_dict(), "epochs": run.recipe.epochs}
+        differing = [name for name, value in run.recipe.to_dict().items() if wanted[name] != value]
+        raise UserError(f"{folder.path}: a run of recipe {run.recipe.name}, not {recipe.name} as asked for "
+                        f"({', '.join(differing)} differ); resume without --recipe, --ablation and --batch, or train in "
+                        "another folder")
     if seed is not None and seed != run.seed or epochs is not None and epochs != run.recipe.epochs:
         raise UserError(f"{folder.path}: a run with seed {run.seed} and {run.recipe.epochs} epochs; "
                         "resume without --seed and --epochs, or train in another folder")

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Train the two towers on this host:  bash launch/train.sh SHARDS RUN [options of `alexnet train`]
+# Train the two towers:  bash launch/train.sh SHARDS RUN [options of `alexnet train`]
 #
-# Each of two processes holds one tower, on a GPU of its own where there are two; ports are chosen by torchrun. Variables:
+# Each of two processes holds one tower, on a GPU of its own where there are two; torchrun chooses ports. Variables:
 # PROCESSES=4 (6, 8, ...) trains replicas of the pair, 1 the whole network in one process. RESTARTS=10 is how often
 # processes that die are started anew. TORCHRUN holds torchrun's options in place of --standalone, for several hosts.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-for variable in PROCESSES RESTARTS; do
-    if ! [[ ${!variable:-1} =~ ^[0-9]{1,4}$ ]]; then
-        echo "alexnet: $variable=${!variable} is not a number" >&2
-        exit 2
-    fi
-done
+if ! [[ ${PROCESSES:-2} =~ ^[1-9][0-9]{0,3}$ && ${RESTARTS:-10} =~ ^[0-9]{1,4}$ ]]; then
+    echo "alexnet: PROCESSES=${PROCESSES:-2} RESTARTS=${RESTARTS:-10}: numbers, please, of processes at least 1" >&2
+    exit 2
+fi
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # shellcheck disable=SC2086

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from launch import checkpoint, facts
 from launch.board import Board
 from launch.checkpoint_writer import CheckpointWriter, NotWritten
-from launch.environment import job
+from launch.environment import job, restarts
 from launch.errors import RunFailed, Stopped, UserError
 from launch.evaluate import Errors, error_rates
 from launch.interval import Interval
@@ -27,6 +29,7 @@ from launch.runlog import RunLog
 from launch.step_file import StepFile
 from launch.stopping import StopRequest
 from launch.world import World
+from model.errors import PeerError, reason
 from model.optimizer import optimizer_of, set_rates
 from model.schedule import Moment, Progress
 from model.softmax import first_class
@@ -65,14 +68,16 @@ class Trainer:
         self.validates = False  # whether an epoch has ended that has not been validated
         self.trained_s = 0.0  # without validation, earlier parts of a resumed run included
         self.overhead_s = 0.0  # of this process: looking after the run, its log, and beginning checkpoints
-        self.repeated = 0  # steps done twice, after restarts
         self.not_written = 0  # checkpoints, since the last good one
 
     def run(self, newest: Path | None) -> Errors | None:
         """Train from `newest`, or from the start; return the last validation's errors."""
         self._build(newest)
+        if newest is None and self.options.resume and self.world.leads:
+            print(f"{self.folder.checkpoints}: no checkpoint there, so from the start", file=sys.stderr)
         if newest is not None and self.world.leads:
-            print(f"going on from step {self.step} of {self.total_steps}", file=sys.stderr)
+            again = f", started anew for the {restarts()}. time" if restarts() else ""
+            print(f"going on from step {self.step} of {self.total_steps}{again}", file=sys.stderr)
         with (Board(self.folder.path if self.world.leads else None) as self.board,
               RunLog(self.folder.log_path if self.world.leads else None, self.board.record) as self.log,
               StepFile(self.folder.step_path if self.world.leads else None) as self.step_file,
@@ -80,8 +85,9 @@ class Trainer:
             self._log_start(newest)
             self._show_kernels()
             self._loop()
-            self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1), repeated=self.repeated,
-                           overhead_s=round(self.overhead_s, 2), **({"val": asdict(self.errors)} if self.errors else {}))
+            self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1), repeated=self.step_file.repeated,
+                           overhead_s=round(self.overhead_s, 2),
+                           **({"val": asdict(self.errors)} if self.errors else {}))
         return self.errors
 
     def _loop(self) -> None:
@@ -109,6 +115,8 @@ class Trainer:
                 self.validates = self.step % self.steps_per_epoch == 0
                 if not (self.step % CONTROL_STEPS == 1 or self.validates or self.step == self.stop):
                     continue
+                if self.world.device.type == "cuda":
+                    torch.cuda.synchronize()  # what it still has to do is training
                 looked = time.perf_counter()
                 late = time.monotonic() - saved_at > 60 * self.options.checkpoint_minutes
                 due, stopped = self._control(pixels, labels, late, interval, bar)
@@ -135,8 +143,10 @@ class Trainer:
         shapes |= {f"velocity.{name}": shape for name, shape in shapes.items()}
         if newest is not None:
             checkpoint.load(newest, self.tensors, shapes, world.mesh)
+        with self._replicas_lost():
+            averaged = world.averaged(self.network)
         self.train_step = TrainingStep(self.network, self.optimizer, first_class(self.classes, world.exchange),
-                                       world.exchange, world.graphs, world.averaged(self.network))
+                                       world.exchange, world.graphs, averaged)
         self.writer = CheckpointWriter(self.folder.checkpoints, shapes, self.options.keep, world.mesh, world.writing,
                                        world.gather)
         if newest is not None:
@@ -145,11 +155,12 @@ class Trainer:
     def _take_up(self, state: dict, newest: Path) -> None:
         try:
             self.step, self.progress = state["step"], Progress(**state["progress"])
-            self.trained_s, self.repeated = float(state["trained_s"]), int(state.get("repeated", 0))
+            self.trained_s = float(state["trained_s"])
             # Its checkpoint is begun before an epoch is validated. (Those of earlier versions were written after.)
             self.validates = bool(state.get("validates", False))
             if self.train_step.loss_scale and state.get("loss_scale"):
                 self.train_step.loss_scale.scale = float(state["loss_scale"])
+                self.train_step.loss_scale.good_steps = int(state.get("good_steps") or 0)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{newest}: damaged ({type(error).__name__}: {error}); remove it to use the one "
                             "before") from None
@@ -161,7 +172,20 @@ class Trainer:
                               Moment(self.step, self.total_steps, epoch, self.progress))
         if self.recipe.colour_shrink != 1 and self.batches.has_lighting(epoch):
             pixels.div_(self.recipe.colour_shrink)
-        return self.train_step(pixels, labels, self.step)
+        with self._replicas_lost():
+            return self.train_step(pixels, labels, self.step)
+
+    @contextmanager
+    def _replicas_lost(self) -> Iterator[None]:
+        """Where gradients are averaged, take torch's errors for what they mostly are: another replica's end."""
+        try:
+            yield
+        except (PeerError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            if self.world.gradients is None:
+                raise
+            raise PeerError(f"another process died or hangs (averaging gradients: {reason(error)})") from error
 
     def _control(self, pixels: Tensor, labels: Tensor, late: bool, interval: Interval, bar: tqdm) -> tuple[bool, bool]:
         """Compare notes with the other processes and write the log: the batch, the health. Return whether any wants a
@@ -203,8 +227,8 @@ class Trainer:
 
     def _validate(self) -> None:
         began = time.perf_counter()
-        batches = EvaluationLoader(self.validation, self.mean, 1, self.recipe.batch, self.world.device,
-                                   self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at, self.recipe.crop,
+        batches = EvaluationLoader(self.validation, self.mean, 1, self.recipe.batch // self.world.replicas,
+                                   self.world.device, self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at, self.recipe.crop,
                                    self.part)
         self.errors = errors = error_rates(self.network, batches, self.classes, self.world)
         if errors.top1 < self.progress.best_error and self.world.leads:
@@ -219,7 +243,12 @@ class Trainer:
                        f"top-5 {errors.top5:.2%}, {self.trained_s:.0f} s of training", file=sys.stderr)
 
     def _show_kernels(self) -> None:
-        self.board.kernels(self.network.conv1.weight, self.recipe.kernels[0] // self.recipe.towers, self.step)
+        """Give the board conv1's kernels, of both towers."""
+        kernels, exchange = self.network.conv1.weight.detach().clone(), self.world.exchange
+        if exchange is not None:
+            both = [kernels, exchange.swap(kernels, "kernels")]
+            kernels = torch.cat(both if exchange.tower == 0 else both[::-1])
+        self.board.kernels(kernels, self.recipe.kernels[0] // self.recipe.towers, self.step)
 
     def _save(self) -> None:
         """Begin a checkpoint, of sound shards."""
@@ -231,7 +260,8 @@ class Trainer:
         scale = self.train_step.loss_scale
         self.writer.begin(self.step, self.tensors, {
             "progress": asdict(self.progress), "validates": self.validates, "trained_s": self.trained_s,
-            "repeated": self.repeated, "loss_scale": scale.scale if scale else None, **self.identity.to_dict()})
+            "loss_scale": scale.scale if scale else None, "good_steps": scale.good_steps if scale else None,
+            **self.identity.to_dict()})
 
     def _settle(self, last: bool = False) -> None:
         """Wait for the checkpoint that is being written. Without it the training goes on, but not for ever: a full disk
@@ -258,7 +288,7 @@ class Trainer:
     def _log_start(self, newest: Path | None) -> None:
         world = self.world
         again = max(0, self.step_file.before - self.step)
-        self.repeated += again
+        self.step_file.repeated += again
         self.log.write(
             "resume" if newest or self.step_file.before else "start", command=facts.command(), commit=facts.commit(),
             code=facts.code_hash(), versions=facts.versions(), hardware=facts.hardware(world.device), job=job(),

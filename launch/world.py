@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.addresses import address_of, interface_towards, warning_about
 from launch.choice import choose, graphs_by_default
 from launch.environment import (
+    allow_open_files,
     die_with_torchrun,
     from_environment,
     keep_freed_memory,
@@ -128,7 +129,10 @@ class World:
         few layers' at a time, while the backward pass goes on."""
         if self.gradients is None:
             return None
-        return DistributedDataParallel(network, process_group=self.gradients, gradient_as_bucket_view=True)
+        # After its first step DDP would sum in another order, unless it looks for unused parameters (there are none): a
+        # resumed run would not be the same.
+        return DistributedDataParallel(network, process_group=self.gradients, gradient_as_bucket_view=True,
+                                       find_unused_parameters=True)
 
     def gather(self, numbers: list[float]) -> list[list[float]]:
         """Return the numbers of every process, as many in each, by rank. PeerError where one does not give them in
@@ -192,8 +196,9 @@ class World:
             self.exchange = CollectiveExchange(tower, self.timeout_s, _own(pairs, self.rank, self.transport, limit))
 
     def _gradients(self, limit: timedelta) -> dist.ProcessGroup:
-        """Return the group of this part's replicas: NCCL's where each process has a GPU of its own."""
-        if self.device.type == "cpu" or torch.cuda.device_count() < local_size():
+        """Return the group of this part's replicas: NCCL's where each process of all hosts has a GPU of its own."""
+        own_gpu = self.device.type == "cuda" and torch.cuda.device_count() >= local_size()
+        if not all(own for own, in self.gather([own_gpu])):
             return self.mesh.get_group("replica")
         parts = [self.mesh.mesh[:, tower].tolist() for tower in range(self.towers)]
         return _own(parts, self.rank, "nccl", limit)
@@ -230,8 +235,10 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     if size > 2 and not replicas:
         raise UserError(f"{size} processes: this command takes 1 or 2 (torchrun --nproc-per-node)")
     die_with_torchrun()
-    tell_ending(None)  # what an attempt before this one has said holds no longer
+    if from_environment("LOCAL_RANK", 0, 0, 1 << 20) == 0:
+        tell_ending(None)  # what an attempt before this one has said holds no longer
     keep_freed_memory()
+    allow_open_files()
     chosen, precision = choose(device, transport, precision, local_size())
     if transport == "cuda-ipc" and local_size() % 2 and size > 1 and not whole:
         raise UserError("--transport cuda-ipc joins processes of one host: use rpc")
@@ -250,7 +257,12 @@ def join_world(device: str | None, transport: str, timeout_s: float, threads: in
     if size > 1:
         world.store, beats = _stores(rank, size, timeout_s)
         world.heartbeat = Heartbeat(beats, rank, size)
-    yield world
+    try:
+        yield world
+    except BaseException:
+        if world.heartbeat is not None:
+            world.heartbeat.judge_no_more()  # this process has an end of its own, and may have to tell why
+        raise
     # Not in a `finally`: after an error the peer may be dead or hang, and nothing is to be waited for.
     if world.heartbeat is not None and dist.is_initialized():
         world.heartbeat.part()

@@ -22,9 +22,9 @@ def with_batch(recipe: Recipe, batch: int, rule: str = "none", warmup_epochs: fl
     """
     k = batch / recipe.batch
     factor = {"none": 1.0, "linear": k, "sqrt": k**0.5}[rule]
-    if warmup_epochs and factor == 1:
-        raise RecipeError("the learning rate stays as it is, so there is nothing to warm up to: give a larger batch "
-                          "and the rule linear or sqrt")
+    if warmup_epochs and factor <= 1:
+        raise RecipeError("the learning rate does not rise, so there is nothing to warm up to: give a larger batch and "
+                          "the rule linear or sqrt")
     decay = k**0.5 if rule == "sqrt" else 1.0
     schedule = recipe.schedule
     if isinstance(schedule, ByHand):

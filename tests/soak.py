@@ -55,8 +55,8 @@ class Job:
 
     def step(self) -> int:
         try:
-            return int((self.run / "step").read_bytes())
-        except (OSError, ValueError):
+            return int((self.run / "step").read_bytes().split()[0])
+        except (OSError, ValueError, IndexError):
             return 0
 
     def records(self, event: str) -> list[dict]:

@@ -6,10 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from conftest import ROOT
+from torch.distributed import TCPStore
 from towers_at_work import Towers, wait_for_steps
+
+from launch.heartbeat import Heartbeat
 
 PROGRAM = """
 import sys, time
@@ -46,17 +50,24 @@ def test_processes_that_part_at_different_times_end_well(free_port):
     assert [process.returncode for process in processes] == [0, 0, 0] and not any(error for _, error in told), told
 
 
-def test_a_stopped_process_ends_the_others(free_port):
+def ended(process: subprocess.Popen, since: float, within_s: float) -> str:
+    """Wait for a process that gives up; return what it said."""
+    told = process.communicate(timeout=40)[1]
+    assert process.returncode == 1 and time.monotonic() - since < within_s
+    return told
+
+
+def test_stopped_processes_end_the_others(free_port):
     processes = start(free_port, 60, 60, 60)
     time.sleep(2)
-    processes[2].send_signal(signal.SIGSTOP)
+    for process in processes[1:]:
+        process.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    told = [process.communicate(timeout=30)[1] for process in processes[:2]]
-    assert time.monotonic() - stopped < 12  # 7 to 8, and what a busy machine adds
-    assert [process.returncode for process in processes[:2]] == [1, 1]
-    assert told == ["alexnet: process 2 has been silent for 7 s: it hangs, was stopped, or its host is gone\n", ""]
-    processes[2].kill()
-    processes[2].communicate()
+    assert ended(processes[0], stopped, 12) == (  # 7 to 8, and what a busy machine adds
+        "alexnet: processes 1, 2 have been silent for 7 s: hanging, or stopped, or the host is gone\n")
+    for process in processes[1:]:
+        process.kill()
+        process.communicate()
 
 
 def test_the_process_with_the_store_is_stopped(free_port):
@@ -64,11 +75,24 @@ def test_the_process_with_the_store_is_stopped(free_port):
     time.sleep(2)
     processes[0].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    told = [process.communicate(timeout=30)[1] for process in processes[1:]]
-    assert time.monotonic() - stopped < 12 and [process.returncode for process in processes[1:]] == [1, 1]
-    assert told == ["alexnet: process 0 has been silent for 7 s: it hangs, was stopped, or its host is gone\n", ""]
+    assert [ended(process, stopped, 12) for process in processes[1:]] == [
+        "alexnet: process 0 has been silent for 7 s: hanging, or stopped, or the host is gone\n", ""]
     processes[0].kill()
     processes[0].communicate()
+
+
+def test_a_process_that_has_an_end_of_its_own_is_left_to_it(free_port, monkeypatch):
+    """It may have to tell why, after process 0 has gone."""
+    store = TCPStore("127.0.0.1", free_port, is_master=True, wait_for_workers=False)
+    beats = Heartbeat(TCPStore("127.0.0.1", free_port, wait_for_workers=False), 1, 2)
+    store.set("beat/0", "1")  # and nothing more
+    judged = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: judged.set())
+    beats.judge_no_more()
+    assert not judged.wait(9)
+    beats._judging = True
+    assert judged.wait(2)
+    beats.part()
 
 
 def test_a_tower_is_stopped_while_the_other_waits_for_it(shards, tmp_path):
@@ -79,4 +103,4 @@ def test_a_tower_is_stopped_while_the_other_waits_for_it(shards, tmp_path):
     stopped = time.monotonic()
     output = towers.output(timeout_s=40)
     assert time.monotonic() - stopped < 15 and towers.process.returncode == 1
-    assert "alexnet: process 1 has been silent for 7 s: it hangs, was stopped, or its host is gone\n" in output
+    assert "alexnet: process 1 has been silent for 7 s: hanging, or stopped, or the host is gone\n" in output

@@ -50,8 +50,8 @@ def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed
           rate_rule: str | None, warmup_epochs: float | None, profile: bool, cache: Path | None, **process) -> None:
     """Train on SHARDS, a folder or a place in an object store; log and checkpoints go to RUN.
 
-    Alone, one process trains the whole network. Under `torchrun --nproc-per-node=2` each process trains one
-    tower, with 4, 6, ... processes there are replicas of the pair: see launch/train.sh.
+    Alone, one process trains the whole network. Under `python -m launch.torchrun --nproc-per-node=2` each process
+    trains one tower, with 4, 6, ... processes there are replicas of the pair: see launch/train.sh.
 
     SIGTERM ends a run with a checkpoint, and exit code 75.
     """
@@ -63,7 +63,9 @@ def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed
     from model.batch_rule import with_batch
     from model.recipe import recipe_named
 
-    if recipe is None and (ablation or batch or not resume):
+    if resume and recipe is None and (ablation or batch):
+        raise click.UsageError("--resume takes --ablation and --batch from the run: leave them out, or name --recipe.")
+    if recipe is None and not resume:
         recipe = "notes"
     chosen = None if recipe is None else recipe_named(recipe)
     if ablation is not None:
