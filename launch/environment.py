@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 
 def allow_open_files(wanted: int = 4096, least: int = 256) -> None:
-    """Raise this process's limit of open files, which is low in many shells; UserError where few are all there may be."""
+    """Raise this process's limit of open files, which is low in many shells; UserError where it stays too low."""
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY
     if limit != infinite and limit < wanted:

@@ -49,8 +49,8 @@ class Run:
 
 
 class RunFolder:
-    """RUN/run.json, mean.npy, manifest.json (of the shards), hashed.json, log.jsonl, step, checkpoints/ and tensorboard/.
-    """
+    """RUN: run.json, mean.npy, manifest.json and hashed.json (of the shards), log.jsonl, step, checkpoints/,
+    tensorboard/."""
 
     def __init__(self, path: Path):
         self.path = Path(path)

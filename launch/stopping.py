@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from types import TracebackType
 
+from launch.errors import Stopped
 from model.errors import PeerError
 
 
@@ -14,7 +16,7 @@ IMPATIENT_S = 5.0  # a scheduler may signal every process, and torchrun passes i
 
 
 class StopRequest:
-    """While it is open, SIGTERM only sets `made`; one that comes some seconds later ends the process at once, as ever."""
+    """While it is open, SIGTERM only sets `made`; one that comes some seconds later ends the process, as ever."""
 
     def __init__(self):
         self.made = False
@@ -35,5 +37,7 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._here:
             signal.signal(signal.SIGTERM, self._before)
-            if self.made and isinstance(error, PeerError):  # it cannot end in good order, and has nothing to tell
+            # It cannot end in good order, and has nothing to tell: others died first, or the first process tells the same.
+            if self.made and (isinstance(error, PeerError) or isinstance(error, Exception)
+                              and not isinstance(error, Stopped) and os.environ.get("LOCAL_RANK", "0") != "0"):
                 signal.raise_signal(signal.SIGTERM)

@@ -55,20 +55,22 @@ def main() -> None:
                 print(f"alexnet: the process of rank {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
             sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
         except (ValueError, AssertionError) as error:  # of its options
-            print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} "
-                  f"({(str(error) or type(error).__name__).splitlines()[0]})", file=sys.stderr)
+            print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} ({_line(error)})", file=sys.stderr)
             sys.exit(2)
         except (KeyboardInterrupt, SignalException, RendezvousError) as error:
             with suppress(OSError, ValueError):
                 sys.exit(int(ending.read_text()))
             if isinstance(error, RendezvousError):
-                print(f"alexnet: the hosts of this job do not meet, or no more "
-                      f"({(str(error) or type(error).__name__).splitlines()[0]}): are all of them running, and can they "
-                      "reach --rdzv-endpoint?", file=sys.stderr)
+                print(f"alexnet: the hosts of this job do not meet, or no more ({_line(error)}): are all of them "
+                      "running, and can they reach --rdzv-endpoint?", file=sys.stderr)
                 sys.exit(1)
             stopped_by = getattr(error, "sigval", signal.SIGINT)
             print(f"alexnet: stopped by {_name(stopped_by)}", file=sys.stderr)
             sys.exit(128 + stopped_by)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _name(number: int) -> str:
@@ -91,7 +93,8 @@ def _folder() -> Iterator[Path]:
     try:
         with open(folder / LOCK, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            folder = folder.rename(place / f"{PREFIX}{os.getpid()}-{folder.name[8:]}")  # locked before others look at it
+            # Locked before others look at it.
+            folder = folder.rename(place / f"{PREFIX}{os.getpid()}-{folder.name[8:]}")
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

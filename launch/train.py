@@ -95,8 +95,8 @@ def _resumed(folder: RunFolder, recipe: Recipe | None, seed: int | None, epochs:
         wanted = {**recipe.to_dict(), "epochs": run.recipe.epochs}
         differing = [name for name, value in run.recipe.to_dict().items() if wanted[name] != value]
         raise UserError(f"{folder.path}: a run of recipe {run.recipe.name}, not {recipe.name} as asked for "
-                        f"({', '.join(differing)} differ); resume without --recipe, --ablation and --batch, or train in "
-                        "another folder")
+                        f"({', '.join(differing)} differ); resume without --recipe, --ablation and --batch, or train "
+                        "in another folder")
     if seed is not None and seed != run.seed or epochs is not None and epochs != run.recipe.epochs:
         raise UserError(f"{folder.path}: a run with seed {run.seed} and {run.recipe.epochs} epochs; "
                         "resume without --seed and --epochs, or train in another folder")

@@ -227,9 +227,9 @@ class Trainer:
 
     def _validate(self) -> None:
         began = time.perf_counter()
-        batches = EvaluationLoader(self.validation, self.mean, 1, self.recipe.batch // self.world.replicas,
-                                   self.world.device, self.recipe.pixel_scale, self.world.threads, self.recipe.mean_at, self.recipe.crop,
-                                   self.part)
+        world, recipe = self.world, self.recipe
+        batches = EvaluationLoader(self.validation, self.mean, 1, recipe.batch // world.replicas, world.device,
+                                   recipe.pixel_scale, world.threads, recipe.mean_at, recipe.crop, self.part)
         self.errors = errors = error_rates(self.network, batches, self.classes, self.world)
         if errors.top1 < self.progress.best_error and self.world.leads:
             self.writer.mark_best(self.step, errors.top1)

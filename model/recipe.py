@@ -94,8 +94,8 @@ class Recipe:
         if self.batch < 1 or self.epochs < 1 or self.learning_rate <= 0 or self.pixel_scale <= 0:
             raise RecipeError(f"recipe {self.name}: batch, epochs, learning_rate and pixel_scale must be positive")
         if not 0 <= self.warmup_epochs <= self.epochs or not 0 < self.warmup_from <= 1:
-            raise RecipeError(f"recipe {self.name}: warmup_epochs is not negative and not above epochs, warmup_from lies "
-                              "in (0, 1]")
+            raise RecipeError(f"recipe {self.name}: warmup_epochs is not negative and not above epochs, warmup_from "
+                              "lies in (0, 1]")
         if self.lrn_k <= 0 or min(self.lrn_alpha, self.lrn_beta, self.colour_std, self.weight_decay, self.bias_decay,
                                   *self.weight_std) < 0 or len(self.weight_std) not in (0, len(LAYERS)):
             raise RecipeError(f"recipe {self.name}: lrn_k must be positive, the other factors not negative, and "

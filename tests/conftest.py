@@ -58,8 +58,8 @@ def shards(tmp_path_factory) -> Path:
     for arguments in (["sample", folder / "archives", "--train-per-class", "48", "--val-per-class", "5"],
                       ["preprocess", folder / "archives", folder / "shards"],
                       ["preprocess", folder / "archives", folder / "raw", "--store", "raw"]):
-        done = subprocess.run([sys.executable, "-m", "launch.cli", *map(str, arguments)], capture_output=True, text=True,
-                              cwd=ROOT)
+        done = subprocess.run([sys.executable, "-m", "launch.cli", *map(str, arguments)], capture_output=True,
+                              text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     return folder / "shards"
 

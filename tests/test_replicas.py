@@ -94,8 +94,8 @@ def test_two_hosts_equal_one_network(two_hosts):
 def test_a_host_that_leaves_and_comes_back(two_hosts, shards, tmp_path):
     """Its replica is done without, and then taken in again: the run goes on from its checkpoint each time."""
     run = tmp_path / "run"
-    words = ["-m", "launch.cli", "train", shards, run, "--recipe", "tiny", "--epochs", "500", "--whole", "--threads", "1",
-             "--checkpoint-minutes", "0.05"]
+    words = ["-m", "launch.cli", "train", shards, run, "--recipe", "tiny", "--epochs", "500", "--whole", "--threads",
+             "1", "--checkpoint-minutes", "0.05"]
 
     def begin(number: int) -> subprocess.Popen:
         return start(two_hosts, number, ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=9"], *words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -53,7 +52,7 @@ def test_a_process_that_is_hit_is_started_anew(shards, finished, tmp_path, rank,
 
 @pytest.mark.parametrize("processes, batch, whole", [(4, 32, []), (3, 30, ["--whole"])])
 def test_replicas_that_are_hit_are_started_anew(shards, tmp_path, processes, batch, whole):
-    """One of the processes, and with it all: the others are not in a pair with it. Of three the order of sums counts."""
+    """One of the processes, and with it all: the others are no pair with it. Of three the order of sums counts."""
     runs, options = [tmp_path / "alone", tmp_path / "killed"], ["--batch", batch, *whole]
     Towers(shards, runs[0], *options, processes=processes).check()
     towers = disturbed(shards, runs[1], *options, processes=processes)

@@ -19,7 +19,6 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from towers_at_work import STEPS, Towers, alexnet, assert_same, children_of, wait_for_steps, weights
-from safetensors.torch import load_file
 
 from launch.cli import cli
 from launch.errors import RunFailed
@@ -278,8 +277,8 @@ def test_two_trainers_in_one_folder(shards, finished, tmp_path):
 
 
 @pytest.mark.parametrize("processes, options, told", [
-    (3, [], "3 processes: the network has two towers, so start 1 or an even number .torchrun --nproc-per-node., or train "
-            "--whole"),
+    (3, [], "3 processes: the network has two towers, so start 1 or an even number .torchrun --nproc-per-node., or "
+            "train --whole"),
     (6, [], "a batch of 32 images is not to be divided among 3 replicas: start another number of processes, or give "
             "another --batch"),
     (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),

@@ -24,7 +24,7 @@ def test_the_first_signal_only_asks():
 
 
 @pytest.mark.parametrize("then, code", [
-    ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+    ("os.environ['LOCAL_RANK'] = '1'; raise ValueError", -signal.SIGTERM),  # of which the first process tells
     ("raise PeerError('the other tower died')", -signal.SIGTERM),  # it has nothing to tell: others did
     ("sys.exit(3)", 3),
 ])  # fmt: skip
@@ -32,6 +32,16 @@ def test_what_ends_at_once(then, code):
     program = ("import os, signal, sys\nfrom launch.stopping import StopRequest\nfrom model.errors import PeerError\n"
                f"with StopRequest():\n    os.kill(os.getpid(), signal.SIGTERM)\n    {then}\n")
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == code
+
+
+def test_a_second_signal_is_the_same_request_unless_it_comes_late():
+    program = ("import os, signal, time\nfrom launch import stopping\nstopping.IMPATIENT_S = 1\n"
+               "with stopping.StopRequest() as request:\n"
+               "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
+               "    print(request.made, flush=True)\n"
+               "    time.sleep(1.5); os.kill(os.getpid(), signal.SIGTERM); print('still there')\n")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "True\n")
 
 
 def test_an_error_that_was_not_asked_for_is_told():

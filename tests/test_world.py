@@ -45,7 +45,8 @@ def test_equal_facts_pass():
     ({"seed": 1}, "seed (0 in process 0, 1 in process 1)"),
     ({"data": "ffff"}, 'data ("ab12" in process 0, "ffff" in process 1)'),
     ({"code": "ffff"}, 'code ("cd34" in process 0, "ffff" in process 1)'),
-    ({"recipe": {**NOTES.to_dict(), "learning_rate": 0.1}}, "recipe.learning_rate (0.01 in process 0, 0.1 in process 1)"),
+    ({"recipe": {**NOTES.to_dict(), "learning_rate": 0.1}},
+     "recipe.learning_rate (0.01 in process 0, 0.1 in process 1)"),
 ])  # fmt: skip
 def test_a_difference_is_named_alone(changed, named):
     told = agree(FACTS, {**FACTS, **changed})
