@@ -45,7 +45,7 @@ def start(free_port: int, *seconds: float) -> list[subprocess.Popen]:
 
 
 def test_processes_that_part_at_different_times_end_well(free_port):
-    processes = start(free_port, 12, 0.5, 1)
+    processes = start(free_port, 9.5, 0.5, 1)
     told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0] and not any(error for _, error in told), told
 

@@ -279,8 +279,8 @@ def test_two_trainers_in_one_folder(shards, finished, tmp_path):
 @pytest.mark.parametrize("processes, options, told", [
     (3, [], "3 processes: the network has two towers, so start 1 or an even number .torchrun --nproc-per-node., or "
             "train --whole"),
-    (6, [], "a batch of 32 images is not to be divided among 3 replicas: start another number of processes, or give "
-            "another --batch"),
+    (2, ["--whole", "--batch", "31"], "a batch of 31 images is not to be divided among 2 replicas: start another "
+                                      "number of processes, or give another --batch"),
     (2, ["--timeout", "nan"], "Invalid value for '--timeout'.* See `alexnet train --help`."),
     (2, ["--recipe", "big"], "no recipe named 'big'; there are notes, paper, source, tiny"),
     (1, ["--device", "cpu", "--graphs"], "--graphs is of GPUs: leave it out, or use --device cuda"),
