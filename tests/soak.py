@@ -50,6 +50,8 @@ class Job:
                                          stdout=self._output, stderr=self._output, start_new_session=True)
 
     def workers(self) -> list[int]:
+        if self.launcher.poll() is not None:
+            sys.exit(f"soak: {self.run}: the run ended by itself; see {self._output.name}")
         path = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
