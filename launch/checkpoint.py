@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -25,6 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from launch.errors import UserError
 from model.errors import PeerError, reason
 from pipeline.files import read_plain, sha256_of
+
+# One process asks for `no_dist` on purpose. (For good: while a thread writes, no other way keeps torch from warning.)
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 STATE, BEST = "state.json", "best.json"
 
@@ -90,11 +92,16 @@ def check(checkpoint: Path) -> dict:
 def set_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint, whose place is wanted, to step-N.damaged."""
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    else:
-        aside.unlink(missing_ok=True)
+    remove(aside)
     checkpoint.rename(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove what is in the way, a folder or a file, as far as that goes."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Size],
@@ -116,14 +123,12 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], whole: dict[str, torch.Si
                             f"there); remove {checkpoint}")
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     try:
-        with warnings.catch_warnings():  # that `no_dist` was asked for
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(whole_network(copies, whole, mesh), no_dist=mesh is None, storage_reader=reader)
+        dcp.load(whole_network(copies, whole, mesh), no_dist=mesh is None, storage_reader=reader)
     except dcp.CheckpointException as error:
         raise UserError(f"{checkpoint}: cannot be read ({cause(error)}); mend that, or remove it to use the one "
                         "before") from None
     except RuntimeError as error:
-        if mesh is None or not dist.is_initialized():
+        if mesh is None:
             raise
         raise PeerError(f"another process died or hangs at a checkpoint ({reason(error)})") from None
     for name, tensor in tensors.items():

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -24,13 +22,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, SavePlan
 from torch.distributed.device_mesh import DeviceMesh
 
-from launch.checkpoint import BEST, STATE, best, cause, name_of, sealed, steps, whole_network
+from launch.checkpoint import BEST, STATE, best, cause, name_of, remove, sealed, steps, whole_network
 from launch.errors import RunFailed
 from model.errors import PeerError, reason
 from pipeline.files import sha256_of, sync, write_durably
-
-# One process asks for `no_dist` on purpose; in a thread there is no other way not to be warned of it.
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 LOOK_S = 0.5  # how often processes that wait for the end of a writing tell each other that they are still there
 
@@ -119,8 +114,9 @@ class CheckpointWriter:
             self._mark_best()
 
     def _mark_best(self) -> None:
+        step, top1_error = self._best
         with suppress(OSError):  # a full disk: the best one before stays it
-            write_durably(self._folder / BEST, json.dumps(dict(zip(("step", "top1_error"), self._best))).encode())
+            write_durably(self._folder / BEST, json.dumps({"step": step, "top1_error": top1_error}).encode())
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], whole: dict[str, torch.Size], state: dict) -> Path:
@@ -145,7 +141,7 @@ class _Storage(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         for unfinished in self._final.parent.glob("step-*.tmp"):  # a kill left it
-            _remove(unfinished)
+            remove(unfinished)
         self._temporary.mkdir(parents=True)
         return super().prepare_global_plan(plans)
 
@@ -158,12 +154,4 @@ class _Storage(HuggingFaceStorageWriter):
         sync(folder)
         for old in steps(folder)[: -self._keep]:
             if old != best(folder):
-                _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """Remove what is in the way, as far as that goes: what stays does no harm to the checkpoint that is written."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                remove(old)  # what stays does no harm to the one that is whole

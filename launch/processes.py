@@ -24,9 +24,14 @@ def alexnet(processes: int, *words: str | Path, stderr: int | None = None) -> su
     as in subprocess.run: None lets it through.
     """
     torchrun = ["--standalone", "--nproc-per-node", str(processes), "-m", "launch.cli"] if processes > 1 else []
-    program = _PROGRAM.format(os.getpid(), "launch.torchrun" if processes > 1 else "launch.cli")
-    return subprocess.run([sys.executable, "-c", program, *torchrun, *map(str, words)], stdout=subprocess.PIPE,
-                          stderr=stderr, text=True, cwd=ROOT)
+    program = ending_with_us("launch.torchrun" if processes > 1 else "launch.cli")
+    return subprocess.run([*program, *torchrun, *map(str, words)], stdout=subprocess.PIPE, stderr=stderr, text=True,
+                          cwd=ROOT)
+
+
+def ending_with_us(module: str) -> list[str]:
+    """Return the command that runs `main` of a module of ours, in a process that ends with this one."""
+    return [sys.executable, "-c", _PROGRAM.format(os.getpid(), module)]
 
 
 @contextmanager

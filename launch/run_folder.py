@@ -124,9 +124,9 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({reason(error)}); restore it or train anew") from None
 
-    def begun_by(self, job: str | None) -> bool:
+    def begun_by(self, job: str) -> bool:
         """Whether the torchrun job of that name has begun or resumed the run that is here."""
-        if job is None or not self.is_there() or not self.log_path.is_file():
+        if not self.is_there() or not self.log_path.is_file():
             return False
         return any(record.get("job") == job for record in read_log(self.log_path))
 

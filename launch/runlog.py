@@ -61,13 +61,17 @@ def odd_line(path: Path, error: Exception) -> str:
 
 def read_log(path: Path) -> list[dict]:
     """Return the records; lines that a kill cut short, or that are no records, are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("event"), str):
-                records.append(record)
-    return records
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for record in map(record_of, lines) if record is not None]
+
+
+def record_of(line: str) -> dict | None:
+    """Return the record that a line holds, None where it is none."""
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("event"), str):
+            return record
+    return None
 
 
 def of_the_run(records: list[dict], event: str) -> list[dict]:

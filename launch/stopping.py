@@ -37,7 +37,7 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._here:
             signal.signal(signal.SIGTERM, self._before)
-            # It cannot end in good order, and has nothing to tell: others died first, or the first process tells the same.
+            # It cannot end in good order, and has nothing to tell: others died first, or the first process tells it.
             if self.made and (isinstance(error, PeerError) or isinstance(error, Exception)
                               and not isinstance(error, Stopped) and os.environ.get("LOCAL_RANK", "0") != "0"):
                 signal.raise_signal(signal.SIGTERM)

@@ -69,6 +69,7 @@ class Trainer:
         self.trained_s = 0.0  # without validation, earlier parts of a resumed run included
         self.overhead_s = 0.0  # of this process: looking after the run, its log, and beginning checkpoints
         self.not_written = 0  # checkpoints, since the last good one
+        self.last_loss: float | None = None
 
     def run(self, newest: Path | None) -> Errors | None:
         """Train from `newest`, or from the start; return the last validation's errors."""
@@ -238,7 +239,7 @@ class Trainer:
         self.log.write("epoch", epoch=epoch, step=self.step, val=asdict(errors), trained_s=round(self.trained_s, 1),
                        validation_s=round(time.perf_counter() - began, 1))
         if self.world.leads:
-            loss = f"loss {self.last_loss:.3f}, " if hasattr(self, "last_loss") else ""
+            loss = f"loss {self.last_loss:.3f}, " if self.last_loss is not None else ""
             tqdm.write(f"epoch {epoch}: {loss}validation top-1 error {errors.top1:.2%}, "
                        f"top-5 {errors.top5:.2%}, {self.trained_s:.0f} s of training", file=sys.stderr)
 

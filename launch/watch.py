@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import calendar
-import json
 import shutil
 import statistics
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launch.errors import UserError
+from launch.runlog import record_of
 
 LATEST = 20  # lines of the log, over which speed is taken
 PATIENCE_S, PATIENCE = 60, 5  # silent: so many seconds and so many times the longest of the latest gaps
@@ -132,10 +132,9 @@ class Watch:
                 self._end = (self._end + block)[-REMEMBERED:]
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 for line in lines:
-                    with suppress(ValueError, RecursionError):
-                        record = json.loads(line.decode(errors="replace"))
-                        if isinstance(record, dict) and isinstance(record.get("event"), str):
-                            self.progress.add(record)
+                    record = record_of(line.decode(errors="replace"))
+                    if record is not None:
+                        self.progress.add(record)
 
     def age_s(self) -> float:
         """Return how long ago the last record was written."""

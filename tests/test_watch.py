@@ -175,27 +175,28 @@ def test_silence_is_longer_than_usual(run, clocks):
     assert seen.look() and seen.state() == "running" and seen.age_s() == 0
 
 
+def assert_silent_after(run, clocks, seconds):
+    """And a little more, but not before."""
+    seen = Watch(run)
+    clocks.steady += seconds
+    assert seen.state() == "running"
+    clocks.steady += 100
+    assert seen.state() == "silent"
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_before_the_first_line_of_steps_it_may_take_minutes(run, clocks, resumed):
     if resumed:
         for step in (1, 11):
             steps(run, step)
         write(run, "resume", **START)
-    seen = Watch(run)
-    clocks.steady += 300
-    assert seen.state() == "running"
-    clocks.steady += 100
-    assert seen.state() == "silent"
+    assert_silent_after(run, clocks, 300)
 
 
 def test_the_first_validation_may_take_an_epoch(run, clocks):
     for step in (*range(1, 100, 10), 100):
         steps(run, step, images_per_s=8.0)  # 40 s; an epoch of 3,200 images 400 s
-    seen = Watch(run)
-    clocks.steady += 400
-    assert seen.state() == "running"
-    clocks.steady += 100
-    assert seen.state() == "silent"
+    assert_silent_after(run, clocks, 400)
 
 
 def test_of_what_was_before_the_records_time_tells(run, clocks):

@@ -6,16 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 
 from launch.doctor.finding import NOTE, OK, WRONG, Finding
 from launch.doctor.gpus import usable
 
 LIMIT_S = 60
 SLOW_SWAP_S, SLOW_BYTES_PER_S = 10e-3, 1e8
-# Killed with this process: nothing goes on behind its back.
-_TORCHRUN = ("from launch.environment import die_with_parent; die_with_parent({}); "
-             "from launch.torchrun import main; main()")
 
 
 def rpc() -> Finding:
@@ -37,10 +33,11 @@ def cuda_ipc() -> Finding | None:
 
 def _two_processes(transport: str) -> Finding:
     from launch.facts import ROOT
+    from launch.processes import ending_with_us
 
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _TORCHRUN.format(os.getpid()), "--standalone", "--nproc-per-node", "2", "-m",
+            [*ending_with_us("launch.torchrun"), "--standalone", "--nproc-per-node", "2", "-m",
              "launch.doctor.swapping", transport], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return Finding(WRONG, f"two processes did not finish within {LIMIT_S} s")
