@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ PREFIX, LOCK = "alexnet-torchrun-", "lock"
 def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as in launch.cli, before torch is imported
     from torch.distributed import run
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -38,6 +39,7 @@ def main() -> None:
         data_alone_between_agents()
     except RunFailed as error:
         sys.exit(f"alexnet: {error}")
+    LocalElasticAgent._monitor_workers = _telling_signals(LocalElasticAgent._monitor_workers)
     os.environ[LAUNCHER] = str(os.getpid())
     # Or the processes of all attempts would meet in one store, and find there what those before them have left.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -50,9 +52,7 @@ def main() -> None:
         try:
             run.main(["--log-dir", str(folder), *sys.argv[1:]])
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                print(f"alexnet: the process of rank {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
+            _, failure = error.get_first_failure()
             sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
         except (ValueError, AssertionError) as error:  # of its options
             print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} ({_line(error)})", file=sys.stderr)
@@ -67,6 +67,18 @@ def main() -> None:
             stopped_by = getattr(error, "sigval", signal.SIGINT)
             print(f"alexnet: stopped by {_name(stopped_by)}", file=sys.stderr)
             sys.exit(128 + stopped_by)
+
+
+def _telling_signals(monitor: Callable) -> Callable:
+    """Have torchrun's agent say which signal ended a process, which could not say so itself, whatever comes after."""
+    def monitored(agent, group):
+        result = monitor(agent, group)
+        for rank, failure in sorted(result.failures.items()):
+            if failure.exitcode < 0:
+                print(f"alexnet: the process of rank {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
+        return result
+
+    return monitored
 
 
 def _line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,22 +14,10 @@ from launch.errors import OutOfMemory, UserError
 from launch.evaluate import Errors
 from launch.run_folder import IN_USE, Run, RunFolder
 from launch.shard_check import check_shards
-from launch.trainer import Trainer
+from launch.trainer import Options, Trainer
 from launch.world import World
 from model.recipe import Recipe
 from pipeline.manifest import FILE_NAME, load_manifest
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run; what is learned does not depend on these."""
-
-    resume: bool = False
-    stop_after: int | None = None  # steps in all; None: to the recipe's end
-    checkpoint_minutes: float = 15.0
-    keep: int = 3  # checkpoints, besides the best
-    check_hashes: bool = True  # of all shards, before the start
-    profile: bool = False  # write a trace of a few steps
 
 
 def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, seed: int | None,

@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from launch import checkpoint, facts
 from launch.board import Board
-from launch.checkpoint_writer import CheckpointWriter, NotWritten
+from launch.checkpoint_writer import CheckpointWriter
 from launch.environment import job, restarts
 from launch.errors import RunFailed, Stopped, UserError
 from launch.evaluate import Errors, error_rates
@@ -26,6 +26,7 @@ from launch.interval import Interval
 from launch.profiling import profiled
 from launch.run_folder import Run, RunFolder
 from launch.runlog import RunLog
+from launch.saving import Saving
 from launch.step_file import StepFile
 from launch.stopping import StopRequest
 from launch.world import World
@@ -40,11 +41,19 @@ from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.manifest import Manifest
 from pipeline.shards import ShardImages
 
-if TYPE_CHECKING:
-    from launch.train import Options
-
-NOT_WRITTEN = 3  # checkpoints in a row after which a run that cannot write them ends
 CONTROL_STEPS = 10  # how often the processes compare batches, look at the loss and may begin a checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run; what is learned does not depend on these."""
+
+    resume: bool = False
+    stop_after: int | None = None  # steps in all; None: to the recipe's end
+    checkpoint_minutes: float = 15.0
+    keep: int = 3  # checkpoints, besides the best
+    check_hashes: bool = True  # of all shards, before the start
+    profile: bool = False  # write a trace of a few steps
 
 
 class Trainer:
@@ -68,7 +77,6 @@ class Trainer:
         self.validates = False  # whether an epoch has ended that has not been validated
         self.trained_s = 0.0  # without validation, earlier parts of a resumed run included
         self.overhead_s = 0.0  # of this process: looking after the run, its log, and beginning checkpoints
-        self.not_written = 0  # checkpoints, since the last good one
         self.last_loss: float | None = None
 
     def run(self, newest: Path | None) -> Errors | None:
@@ -83,6 +91,7 @@ class Trainer:
               RunLog(self.folder.log_path if self.world.leads else None, self.board.record) as self.log,
               StepFile(self.folder.step_path if self.world.leads else None) as self.step_file,
               StopRequest() as self.stop_request):
+            self.saving = Saving(self.writer, self.log, self.world.leads)
             self._log_start(newest)
             self._show_kernels()
             self._loop()
@@ -131,7 +140,7 @@ class Trainer:
                     self._validate()
                     self._show_kernels()
                 interval = Interval(images, self.world)
-        self._settle(last=True)
+        self.saving.settle(self.step, last=True)
 
     def _build(self, newest: Path | None) -> None:
         world, shapes = self.world, whole_shapes(self.recipe, self.classes)
@@ -205,13 +214,13 @@ class Trainer:
             self._fail(f"the loss (now {figures['loss']:.4g}) or the weights are not finite; the last good "
                        f"checkpoint is in {self.folder.checkpoints}; lower the learning rate or look at the data")
         if failed:
-            self._settle()
+            self.saving.settle(self.step)
         self.trained_s += interval.seconds
         self.last_loss = figures["loss"]
         self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch, rate=self.rate, **figures)
         bar.set_postfix_str(f"loss {figures['loss']:.3f}, error {figures['train_top1_error']:.1%}, "
                             f"{figures['images_per_s']:,.0f} images/s, {figures['memory_gib']:.1f} GiB")
-        self._log_checkpoint()
+        self.saving.tell()
         return late, stopped
 
     def _fail(self, reason: str) -> NoReturn:
@@ -221,7 +230,7 @@ class Trainer:
 
     def _end_early(self) -> NoReturn:
         """End a run that was asked to stop; called by all processes alike, after a checkpoint was begun."""
-        self._settle(last=True)
+        self.saving.settle(self.step, last=True)
         self.log.write("stopped", step=self.step)
         raise Stopped(f"stopped by SIGTERM at step {self.step} of {self.total_steps}, of which there is a checkpoint: "
                       "go on with --resume")
@@ -231,7 +240,7 @@ class Trainer:
         world, recipe = self.world, self.recipe
         batches = EvaluationLoader(self.validation, self.mean, 1, recipe.batch // world.replicas, world.device,
                                    recipe.pixel_scale, world.threads, recipe.mean_at, recipe.crop, self.part)
-        self.errors = errors = error_rates(self.network, batches, self.classes, self.world)
+        self.errors = errors = error_rates(self.network, self._until_stopped(batches), self.classes, self.world)
         if errors.top1 < self.progress.best_error and self.world.leads:
             self.writer.mark_best(self.step, errors.top1)
         self.progress, self.validates = self.recipe.schedule.observe(self.progress, errors.top1), False
@@ -242,6 +251,15 @@ class Trainer:
             loss = f"loss {self.last_loss:.3f}, " if self.last_loss is not None else ""
             tqdm.write(f"epoch {epoch}: {loss}validation top-1 error {errors.top1:.2%}, "
                        f"top-5 {errors.top5:.2%}, {self.trained_s:.0f} s of training", file=sys.stderr)
+
+    def _until_stopped(self, batches: EvaluationLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give `batches`, unless a process is asked to stop, which ends the run: its checkpoint is of before."""
+        smallest = len(self.validation) // self.world.replicas  # some replicas have one image more
+        for number, batch in enumerate(batches):
+            if number % CONTROL_STEPS == 0 and number * batches.batch_size < smallest:
+                if any(asked for asked, in self.world.gather([self.stop_request.made])):
+                    self._end_early()
+            yield batch
 
     def _show_kernels(self) -> None:
         """Give the board conv1's kernels, of both towers."""
@@ -257,34 +275,11 @@ class Trainer:
             raise RunFailed(f"{self.folder.path}: removed or renamed while the run went on, which ends here")
         for images in (self.training, self.validation):
             images.check_unchanged()
-        self._settle()
         scale = self.train_step.loss_scale
-        self.writer.begin(self.step, self.tensors, {
+        self.saving.begin(self.step, self.tensors, {
             "progress": asdict(self.progress), "validates": self.validates, "trained_s": self.trained_s,
             "loss_scale": scale.scale if scale else None, "good_steps": scale.good_steps if scale else None,
             **self.identity.to_dict()})
-
-    def _settle(self, last: bool = False) -> None:
-        """Wait for the checkpoint that is being written. Without it the training goes on, but not for ever: a full disk
-        may have been seen to when the next one is written. Called by all processes alike."""
-        try:
-            self.writer.finish()
-        except NotWritten as error:
-            self.not_written += 1
-            self.log.write("not written", step=self.step, reason=str(error))
-            if last or self.not_written == NOT_WRITTEN:
-                raise
-            if self.world.leads:
-                tqdm.write(f"alexnet: {error} (or wait: the training goes on, and so it does with the next checkpoint)",
-                           file=sys.stderr)
-        self._log_checkpoint()
-
-    def _log_checkpoint(self) -> None:
-        written = self.writer.written()
-        if written is not None:
-            self.not_written = 0
-            self.log.write("checkpoint", step=written.step, path=str(written.path.relative_to(self.folder.path)),
-                           held_s=round(written.held_s, 3), seconds=round(written.seconds, 3))
 
     def _log_start(self, newest: Path | None) -> None:
         world = self.world

@@ -19,7 +19,7 @@ PATIENCE_S, PATIENCE = 60, 5  # silent: so many seconds and so many times the lo
 LOOK_S = 1.0  # how often the log is looked at
 REMEMBERED = 200  # bytes by which a file is known to be still the same
 FIGURES = {  # of the steps, and how they are shown
-    "loss": "loss {:.3f}", "train_top1_error": "error {:.2%}", "images_per_s": "{:,.0f} images/s",
+    "loss": "loss {:.3f}", "train_top1_error": "training error {:.2%}", "images_per_s": "{:,.0f} images/s",
     "memory_gib": "{:.1f} GiB",
 }
 NOT_TRAINING = ("import", "evaluation")  # what other commands write into the log

@@ -231,15 +231,15 @@ class EvaluationLoader:
         self._images, self._mean, self._views = images, _checked(mean), views_of(views, crop)
         self._part = range(*(len(images) * i // part[1] for i in (part[0], part[0] + 1)))
         self._mean_at = mean_at
-        self._batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
+        self.batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
 
     def __len__(self) -> int:
-        return -(-len(self._part) // self._batch_size)
+        return -(-len(self._part) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         several = self._views.of(np.arange(1), self._mean_at) if len(self._views.flips) > 1 else None
         delivery = _Delivery(
-            self._images, self._batches(), self._mean, self._scale, self._views.crop, several, self._batch_size,
+            self._images, self._batches(), self._mean, self._scale, self._views.crop, several, self.batch_size,
             self._threads, self._device,
         )
         try:
@@ -253,8 +253,8 @@ class EvaluationLoader:
             delivery.close()
 
     def _batches(self) -> Iterator[Batch]:
-        for first in range(0, len(self._part), self._batch_size):
-            yield self._views.of(np.array(self._part[first : first + self._batch_size]), self._mean_at)
+        for first in range(0, len(self._part), self.batch_size):
+            yield self._views.of(np.array(self._part[first : first + self.batch_size]), self._mean_at)
 
 
 def _checked(mean: np.ndarray) -> np.ndarray:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
+import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import checkpoint, checkpoint_writer
-from launch.errors import OutOfMemory, RunFailed
+from launch import checkpoint, checkpoint_writer, trainer
+from launch.errors import OutOfMemory, RunFailed, Stopped
+from launch.evaluate import Errors, error_rates
 from launch.run_folder import RunFolder
 from launch.runlog import RunLog, read_log
-from launch.train import Options, train
-from launch.trainer import NOT_WRITTEN
+from launch.saving import NOT_WRITTEN
+from launch.train import train
+from launch.trainer import Options, Trainer
 from launch.world import join_world
 from model.recipe import TINY
 from model.training import TrainingStep
@@ -112,9 +117,6 @@ def test_a_device_without_memory_may_have_some_later(shards, tmp_path, monkeypat
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(shards, tmp_path, monkeypatch):
     errors = iter([0.5, 0.3, 0.4, 0.4, 0.35])
-    from launch import trainer
-    from launch.evaluate import Errors
-
     monkeypatch.setattr(trainer, "error_rates", lambda *_: Errors(next(errors), 0.1, 50))
     with join_world("cpu", "rpc", 60, 1) as world:
         folder = RunFolder(tmp_path / "run")
@@ -122,3 +124,32 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(shards, tmp_path, monkeyp
     assert [path.name for path in checkpoint.steps(folder.checkpoints)] == ["step-000000030", "step-000000075"]
     assert folder.best_checkpoint(folder.read()).name == "step-000000030"
     assert json.loads((folder.checkpoints / "best.json").read_text()) == {"step": 30, "top1_error": 0.3}
+
+
+def test_a_validation_ends_when_it_is_asked_to(shards, tmp_path, monkeypatch):
+    """Nothing is lost: its epoch's checkpoint was begun before, and what goes on validates again."""
+    def asked(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return error_rates(*arguments)
+
+    monkeypatch.setattr(trainer, "error_rates", asked)
+    with pytest.raises(Stopped, match="at step 15 of 45, of which there is a checkpoint"):
+        run_in(tmp_path / "run", shards)
+    assert [record["event"] for record in read_log(tmp_path / "run/log.jsonl")][-2:] == ["checkpoint", "stopped"]
+    monkeypatch.undo()
+    run_in(tmp_path / "run", shards, resume=True)
+    validated = [record["step"] for record in read_log(tmp_path / "run/log.jsonl") if record["event"] == "epoch"]
+    assert validated == [15, 30, 45]
+
+
+@pytest.mark.parametrize("images, replicas, looks", [
+    (1280, 2, 1), (1281, 2, 1), (1282, 2, 2), (2561, 2, 2), (63, 3, 1),
+])  # fmt: skip
+def test_replicas_look_as_often_whatever_their_parts(images, replicas, looks):
+    """Though one may have a batch more than another: 64 images each, of parts that differ by an image."""
+    for part in {images // replicas, -(-images // replicas)}:
+        gathered = []
+        world = SimpleNamespace(replicas=replicas, gather=lambda told: gathered.append(told) or [told])
+        run = SimpleNamespace(validation=range(images), stop_request=SimpleNamespace(made=False), world=world)
+        batches = type("Batches", (list,), {"batch_size": 64})(range(-(-part // 64)))
+        assert list(Trainer._until_stopped(run, batches)) == batches and len(gathered) == looks

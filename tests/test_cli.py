@@ -192,6 +192,8 @@ def test_an_empty_name_is_not_this_folder(tmp_path):
     for arguments in (["inspect", ""], ["preprocess", "", tmp_path], ["preprocess", tmp_path, ""], ["verify", ""]):
         done = alexnet(*arguments)
         assert done.exit_code == 2 and "an empty name" in done.stderr
+    done = alexnet("doctor", "--quick", "--run", "s3://bucket/run")
+    assert done.exit_code == 2 and "s3://bucket/run is no path of this machine" in done.stderr
 
 
 def test_warnings_say_whose_they_are(tmp_path):

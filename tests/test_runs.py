@@ -25,8 +25,8 @@ from launch.errors import RunFailed
 from launch.profiling import RECORDED, SKIPPED
 from launch.run_folder import RunFolder
 from launch.runlog import read_log
-from launch.train import Options, train
-from launch.trainer import CONTROL_STEPS
+from launch.train import train
+from launch.trainer import CONTROL_STEPS, Options
 from launch.world import join_world
 from model.recipe import TINY
 

@@ -13,10 +13,10 @@ from model.recipe import NOTES
 
 
 def markdown(machines: tuple[Machine, Machine], data: str) -> str:
-    """Return the tables of docs/scaling.md."""
+    """Return the tables of docs/scaling.md, each under its heading there."""
     head = ("GPUs", "layout", "batch", "images a network", "steps/s", "images/s", "efficiency, %", "hours", "limit")
     tables = []
-    for batch in (NOTES.batch, None):
+    for batch, heading in (NOTES.batch, "Batch 128, as the recipes have it"), (None, "128 images a network"):
         lines = []
         for row in rows(machines, data, batch):
             found = [""] * 4 + ["more networks than images"]
@@ -25,17 +25,19 @@ def markdown(machines: tuple[Machine, Machine], data: str) -> str:
                          _span([100 * share for share in row["efficiency"]]), _span(row["hours"]),
                          _limit(row["parts"])]
             lines.append((str(row["gpus"]), row["layout"], str(row["batch"]), f"{row['images_a_network']:g}", *found))
-        tables.append(_table(head, lines))
+        tables += [f"## {heading}\n", _table(head, lines)]
     alone = []
     for name, of in DATA.items():
         one, pair = ([gpus * NOTES.batch / gpus / sum(step_parts(machine, name, gpus, gpus, NOTES.batch).values())
                       for machine in machines] for gpus in LAYOUTS)
         reading = [[rate * gpus * of.image_bytes / 1e9 for rate in one] for gpus in (1, 8, 512)]
         alone.append((name, _span(one), _span(pair), *map(_span, reading)))
-    tables.append(_table(("data", "images/s, one GPU", "a pair on two", "GB/s to read: one GPU", "8", "512"), alone))
-    tables.append(_table(("two CPU cores", "predicted", "measured", "predicted / measured"), [
-        (check["what"], _short(check["predicted"]), _short(check["measured"]),
-         f"{check['predicted'] / check['measured']:.2f}") for check in checks()]))
+    head = ("data", "images/s, one GPU", "a pair on two", "GB/s to read: one GPU", "8", "512")
+    tables += ["## Reading\n", _table(head, alone)]
+    lines = [(check["what"], _short(check["predicted"]), _short(check["measured"]),
+              f"{check['predicted'] / check['measured']:.2f}") for check in checks()]
+    head = ("two CPU cores", "predicted", "measured", "predicted / measured")
+    tables += ["## Beside what was measured\n", _table(head, lines)]
     return "\n".join(tables)
 
 

@@ -23,7 +23,11 @@ class Folder(Place):
     name = "path"
 
     def convert(self, value, param, ctx) -> Path:
-        return value if isinstance(value, Path) else Path(super().convert(value, param, ctx))
+        if isinstance(value, Path):
+            return value
+        if "://" in value:
+            self.fail(f"{value} is no path of this machine, which is wanted here.", param, ctx)
+        return Path(super().convert(value, param, ctx))
 
 
 PLACE, FOLDER = Place(), Folder()

@@ -57,7 +57,8 @@ def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed
     """
     from launch.progress import shards_here
     from launch.run_folder import RunFolder
-    from launch.train import Options, train
+    from launch.train import train
+    from launch.trainer import Options
     from launch.world import join_world
     from model.ablations import ablated
     from model.batch_rule import with_batch

@@ -21,8 +21,8 @@ def export(run: Path, file: Path, best: bool) -> None:
     """
     from launch.weights.exporting import export
 
-    export(run, file, best)
-    click.echo(f"{file}: {file.stat().st_size:,} bytes", err=True)
+    step = export(run, file, best)
+    click.echo(f"{file}: of step {step:,}, {file.stat().st_size:,} bytes", err=True)
 
 
 @click.command("import")

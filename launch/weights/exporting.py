@@ -26,9 +26,9 @@ _OF_THE_CODE = ("kernels", "neurons", "towers", "joined", "left_out", "activatio
                 "crop")
 
 
-def export(run: Path, file: Path, best: bool = False) -> None:
-    """Write the newest checkpoint of `run`, or the best, to `file`, whose ending says as what (KINDS). UserError for
-    others, or where packages are missing."""
+def export(run: Path, file: Path, best: bool = False) -> int:
+    """Write the newest checkpoint of `run`, or the best, to `file`, whose ending says as what (KINDS); return its step.
+    UserError for others, or where packages are missing."""
     write = {".safetensors": _write_safetensors, ".pt": _write_state_dict, ".onnx": _write_onnx, ".py": _write_code}
     if file.suffix not in write:
         raise UserError(f"{file}: ends in none of {', '.join(KINDS)}; the ending says what is written")
@@ -36,7 +36,9 @@ def export(run: Path, file: Path, best: bool = False) -> None:
         raise UserError(f"{file.parent}: no such folder; make it first")
     if file.is_dir():
         raise UserError(f"{file}: a folder; name a file")
-    write[file.suffix](bundle_of_run(run, best), file)
+    bundle = bundle_of_run(run, best)
+    write[file.suffix](bundle, file)
+    return bundle.step
 
 
 def _named(bundle: Bundle) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import time
 from abc import ABC, abstractmethod
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
