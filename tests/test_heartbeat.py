@@ -13,16 +13,17 @@ from conftest import ROOT
 from torch.distributed import TCPStore
 from towers_at_work import Towers, wait_for_steps
 
-from launch.heartbeat import Heartbeat
+from launch import heartbeat
+from launch.heartbeat import LIMIT_S, Heartbeat
 
 PROGRAM = """
 import sys, time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from launch.heartbeat import Heartbeat
-rank, port, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+from launch import heartbeat
+rank, port, seconds, heartbeat.LIMIT_S = int(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:])
 store = TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=5))
-beats = Heartbeat(store, rank, 3)
+beats = heartbeat.Heartbeat(store, rank, 3)
 print("begun", flush=True)
 time.sleep(seconds)
 beats.part()
@@ -33,19 +34,19 @@ time.sleep(1 if rank == 0 else 0)
 """
 
 
-def start(free_port: int, *seconds: float) -> list[subprocess.Popen]:
-    """Three processes, which part after so many seconds."""
+def start(free_port: int, *seconds: float, limit_s: float = 3) -> list[subprocess.Popen]:
+    """Three processes, which part after so many seconds. Most need not wait for 7 s to see somebody silent."""
     started = []
     for rank, one in enumerate(seconds):
-        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), str(free_port), str(one)], cwd=ROOT,
-                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, (rank, free_port, one, limit_s))],
+                                        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         env={**os.environ, "TORCH_CPP_LOG_LEVEL": "FATAL"}))
         assert started[-1].stdout.readline() == "begun\n"
     return started
 
 
 def test_processes_that_part_at_different_times_end_well(free_port):
-    processes = start(free_port, 9.5, 0.5, 1)
+    processes = start(free_port, 5.5, 0.5, 1)
     told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0] and not any(error for _, error in told), told
 
@@ -58,7 +59,7 @@ def ended(process: subprocess.Popen, since: float, within_s: float) -> str:
 
 
 def test_stopped_processes_end_the_others(free_port):
-    processes = start(free_port, 60, 60, 60)
+    processes = start(free_port, 60, 60, 60, limit_s=LIMIT_S)
     time.sleep(2)
     for process in processes[1:]:
         process.send_signal(signal.SIGSTOP)
@@ -75,8 +76,8 @@ def test_the_process_with_the_store_is_stopped(free_port):
     time.sleep(2)
     processes[0].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert [ended(process, stopped, 12) for process in processes[1:]] == [
-        "alexnet: process 0 has been silent for 7 s: hanging, or stopped, or the host is gone\n", ""]
+    assert [ended(process, stopped, 8) for process in processes[1:]] == [
+        "alexnet: process 0 has been silent for 3 s: hanging, or stopped, or the host is gone\n", ""]
     processes[0].kill()
     processes[0].communicate()
 
@@ -88,8 +89,9 @@ def test_a_process_that_has_an_end_of_its_own_is_left_to_it(free_port, monkeypat
     store.set("beat/0", "1")  # and nothing more
     judged = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: judged.set())
+    monkeypatch.setattr(heartbeat, "LIMIT_S", 3)
     beats.judge_no_more()
-    assert not judged.wait(9)
+    assert not judged.wait(5)
     beats._judging = True
     assert judged.wait(2)
     beats.part()

@@ -77,9 +77,9 @@ def test_a_scheduler_that_wants_the_machine_back(shards, finished, tmp_path, pro
     assert read_log(run / "log.jsonl")[-1]["event"] == "stopped" and FIRST <= step <= STEPS
     assert output.endswith(f"alexnet: stopped by SIGTERM at step {step} of 30, of which there is a checkpoint: go on "
                            "with --resume\n"), output
-    again = Towers(shards, run, "--resume", processes=processes)
-    assert f"going on from step {step} of 30\n" in again.output() and again.process.returncode == 0
     if processes == 2:
+        again = Towers(shards, run, "--resume")
+        assert f"going on from step {step} of 30\n" in again.output() and again.process.returncode == 0
         assert_same(weights(finished), weights(run))
 
 
@@ -103,10 +103,7 @@ def test_what_would_fail_again_is_not_tried_again(shards, tmp_path):
     assert [record["event"] for record in read_log(tmp_path / "run" / "log.jsonl")].count("resume") == 0
 
 
-@pytest.mark.parametrize("change, told", [
-    ("remove", "gone since it was opened"), ("rewrite", "changed since it was opened"),
-    ("cut", "changed since"),
-])  # fmt: skip
+@pytest.mark.parametrize("change, told", [("remove", "gone since it was opened"), ("cut", "changed since")])
 def test_a_shard_that_is_touched_under_the_run(shards, tmp_path, change, told):
     """Nothing that was learned of it gets into a checkpoint. Memory of a file that was cut is gone: that is seen before
     the next checkpoint, or it ends a process (SIGBUS), and what is started anew sees why."""
@@ -116,9 +113,6 @@ def test_a_shard_that_is_touched_under_the_run(shards, tmp_path, change, told):
     shard = folder / "train-00000.arrow"
     if change == "remove":
         shard.unlink()
-    elif change == "rewrite":
-        with open(shard, "r+b") as file:
-            file.write(file.read(1))
     else:
         os.truncate(shard, shard.stat().st_size // 4)
     output = towers.output(timeout_s=100)
@@ -161,8 +155,8 @@ def test_folders_of_killed_launchers_are_cleared_away(shards, tmp_path):
     assert done.returncode == 2 and not left  # but torch's cache
 
 
-def test_steps_done_twice_are_counted_exactly(shards, tmp_path):
-    """By the step, though the log has a line for ten of them only."""
+def test_a_job_that_is_killed_in_mid_epoch_ends_the_same_when_resumed(shards, finished, tmp_path):
+    """Steps done twice are counted exactly, though the log has a line for ten of them only."""
     run = tmp_path / "run"
     towers = disturbed(shards, run)
     while int((run / "step").read_bytes().split()[0]) < 18:
@@ -171,5 +165,6 @@ def test_steps_done_twice_are_counted_exactly(shards, tmp_path):
     reached = int((run / "step").read_bytes().split()[0])
     Towers(shards, run, "--resume").check()
     (resumed,) = [record for record in read_log(run / "log.jsonl") if record["event"] == "resume"]
-    assert resumed["step"] + resumed["repeats"] == reached
+    assert FIRST <= resumed["step"] < STEPS and resumed["step"] + resumed["repeats"] == reached
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["repeated"] == resumed["repeats"]
+    assert_same(weights(finished), weights(run))
