@@ -79,8 +79,8 @@ def test_how_far_it_is_and_how_long_it_goes_on(run):
         "val_top1_error": 0.6, "val_top5_error": 0.2, "checkpoint_step": 100, "resumes": 0, "repeated_steps": 0,
     }
     line = alexnet(run, "--once").stdout
-    assert line.startswith("running, step 111 of 500, epoch 1.11 of 5, 4 min left, loss 2.250, "
-                           "training error 75.00%, 64 images/s, validation top-1 60.00%, top-5 20.00%, checkpoint at step 100, heard of ")
+    assert line.startswith("running, step 111 of 500, epoch 1.11 of 5, 4 min left, loss 2.250, training error 75.00%, "
+                           "64 images/s, validation top-1 60.00%, top-5 20.00%, checkpoint at step 100, heard of ")
 
 
 def test_it_stops_where_it_was_told_to(tmp_path):
