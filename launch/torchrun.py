@@ -73,8 +73,9 @@ def _telling_signals(monitor: Callable) -> Callable:
     """Have torchrun's agent say which signal ended a process, which could not say so itself, whatever comes after."""
     def monitored(agent, group):
         result = monitor(agent, group)
-        for rank, failure in sorted(result.failures.items()):
-            if failure.exitcode < 0:
+        for number, (rank, failure) in enumerate(result.failures.items()):  # the first one first
+            # With SIGTERM torchrun ends the others.
+            if failure.exitcode < 0 and (number == 0 or failure.exitcode != -signal.SIGTERM):
                 print(f"alexnet: the process of rank {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
         return result
 
