@@ -41,7 +41,7 @@ def name_of(step: int) -> str:
 
 def steps(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name))
 
 
 def best(folder: Path) -> Path | None:

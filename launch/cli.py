@@ -6,8 +6,10 @@ that fails one line and exit code 1.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +19,7 @@ import click
 from launch import __version__
 from launch.commands import ablations, benchmarks, data, doctor, pictures, recipes, report, training, watch, weights
 from launch.environment import die_with_torchrun, end_job, end_stopped_siblings, tell_ending
-from launch.errors import STOPPED
+from launch.errors import STOPPED, printable
 
 # Before torch is imported: its C++ side would tell of a peer's death or absence in lines of its own beside ours. (What
 # NCCL's watchdog has to say is hidden with them; the exchange has a time-out of its own.)
@@ -28,6 +30,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
+# What may be over when a job is started anew: of disks and networks, and of what other programs take.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH,
+           errno.ECONNREFUSED, errno.ECONNRESET, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+
+
 class _Failure(click.ClickException):
     """`final`: started anew, the job would fail in the same way. `of_another`: another process has ended first."""
 
@@ -36,7 +43,7 @@ class _Failure(click.ClickException):
         self.exit_code, self.final, self.of_another = exit_code, final, of_another
 
     def show(self, file=None) -> None:
-        click.echo("alexnet: " + " ".join(self.message.splitlines()), err=True)
+        click.echo(f"alexnet: {printable(self.message)}", err=True)
 
 
 class _Commands(click.Group):
@@ -64,9 +71,10 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
             context.exit(1)
         except OSError as error:
+            final = error.errno not in PASSING
             if error.filename is None:
-                raise _Failure(f"cannot read or write: {error.strerror or error}", 1, final=True) from None
-            raise _Failure(f"{error.filename}: {error.strerror}", 2, final=True) from None
+                raise _Failure(f"cannot read or write: {error.strerror or error}", 1, final) from None
+            raise _Failure(f"{error.filename}: {error.strerror}", 2, final) from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -89,6 +97,8 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files and classes may be no text
+    if "WORLD_SIZE" not in os.environ:  # alone: what is half done, as a file under a temporary name, is to go
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("alexnet: %(message)s"))
     for package in ("pipeline", "model"):

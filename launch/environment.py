@@ -11,10 +11,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from launch.errors import UserError
+from launch.errors import STOPPED, UserError
 
 
 LAUNCHER = "ALEXNET_LAUNCHER"  # launch.torchrun's process: a worker whose parent is another has lost it
+WANTED_OPEN_FILES, LEAST_OPEN_FILES = 4096, 256
 ENDING = "ALEXNET_ENDING"  # a file in which a worker tells launch.torchrun the exit code that the job is to have
 
 
@@ -35,7 +36,7 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)
 
 
-def allow_open_files(wanted: int = 4096, least: int = 256) -> None:
+def allow_open_files(wanted: int = WANTED_OPEN_FILES, least: int = LEAST_OPEN_FILES) -> None:
     """Raise this process's limit of open files, which is low in many shells; UserError where it stays too low."""
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY
@@ -75,6 +76,11 @@ def restarts() -> int:
     return from_environment("TORCHELASTIC_RESTART_COUNT", 0, 0, 1 << 20)
 
 
+def most_restarts() -> int:
+    """Return how often torchrun would start this job's processes anew."""
+    return from_environment("TORCHELASTIC_MAX_RESTARTS", 0, 0, 1 << 20)
+
+
 def local_size() -> int:
     """Return the number of processes on this host."""
     return from_environment("LOCAL_WORLD_SIZE", 1, 1, 1 << 20)
@@ -88,15 +94,22 @@ def die_with_parent(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell_ending(code: int | None) -> None:
-    """Under launch.torchrun, name the exit code that the job has if it is stopped now; None: the usual one."""
+def tell_ending(code: int | None, told: bool = True) -> None:
+    """Under launch.torchrun, name the exit code that the job has if it is stopped now; None: the usual one. `told`:
+    the user knows why."""
     with suppress(KeyError, OSError):
-        Path(os.environ[ENDING]).write_text("" if code is None else str(code))
+        Path(os.environ[ENDING]).write_text("" if code is None else f"{code} told" if told else str(code))
+
+
+def tell_checkpoint() -> None:
+    """Say that a job that is stopped now may be gone on with. Of a host's processes the first one says so."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tell_ending(STOPPED, told=False)
 
 
 def end_job(code: int) -> None:
     """Where launch.torchrun would start the job anew, to fail in the same way, have it end with `code` instead."""
-    if LAUNCHER in os.environ and restarts() < from_environment("TORCHELASTIC_MAX_RESTARTS", 0, 0, 1 << 20):
+    if os.environ.get(LAUNCHER) == str(os.getppid()) and restarts() < most_restarts():
         tell_ending(code)
         os.kill(int(os.environ[LAUNCHER]), signal.SIGTERM)
         time.sleep(60)  # torchrun ends this process

@@ -5,6 +5,12 @@ from __future__ import annotations
 STOPPED = 75  # sysexits.h: a temporary failure, to be tried again
 
 
+def printable(text: str) -> str:
+    """Return a text as one line, in which what a terminal would act on is spelt out."""
+    line = " ".join(text.splitlines())
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+
+
 class UserError(Exception):
     """Something the user can mend: exit code 2. The message is one line: what, where, what to do."""
 

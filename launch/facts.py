@@ -70,7 +70,8 @@ def memory_gib(device: torch.device) -> float:
 
 def command() -> str:
     """Return the command line of `alexnet`, whose workers under torchrun have another name."""
-    return " ".join(["alexnet", *sys.argv[1:]])
+    words = " ".join(["alexnet", *sys.argv[1:]])
+    return words.encode(errors="backslashreplace").decode()  # names of files may be no text
 
 
 def _cpu_model() -> str:

@@ -80,7 +80,8 @@ class Heartbeat:
                 silent = [other for other, seconds in silent_s.items() if seconds > LIMIT_S - 2 * EVERY_S]
                 end_stopped_siblings()  # torchrun would wait for them to end
                 local_rank = int(os.environ.get("LOCAL_RANK", self._rank))
-                if local_rank == (1 if self._rank == local_rank != 0 else 0):  # one of those of a host that are left
+                # One of those of a host that are left tells: where process 0 is silent, the next one of its own host.
+                if local_rank == (1 if 0 in silent and self._rank == local_rank else 0):
                     print(f"alexnet: {_listed(silent)} been silent for {LIMIT_S:g} s: hanging, or stopped, or the host "
                           "is gone", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from launch import checkpoint
-from launch.errors import UserError
+from launch.errors import RunFailed, UserError
 from launch.processes import alone
 from launch.runlog import read_log
 from model.errors import RecipeError, reason
 from model.recipe import Recipe
 from pipeline.files import locked, read_plain, sha256_of, write_durably
 from pipeline.manifest import FILE_NAME
+from pipeline.mean import load_mean
 
 
 IN_USE = "another process trains there; wait for it, or choose another folder"
@@ -46,6 +47,14 @@ class Run:
         """Return what makes two runs the same, as JSON values."""
         return {"recipe": self.recipe.to_dict(), "seed": self.seed, "wnids": self.wnids, "data": self.data,
                 "mean": self.mean}
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from every other; None where there is none."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 class RunFolder:
@@ -89,15 +98,21 @@ class RunFolder:
         """Be the only one who trains here; UserError where another process does. The folder is made if need be."""
         self.path.mkdir(parents=True, exist_ok=True)
         with alone(self.log_path, f"{self.path}: {IN_USE}"):
+            self._held = _place(self.log_path)
             yield
 
-    def create(self, run: Run, mean: bytes, manifest: bytes | None = None) -> None:
-        """Begin a run here, with the bytes of the shards' mean.npy and manifest.json."""
+    def check_held(self) -> None:
+        """RunFailed where the folder that is held is not here any more, but perhaps another run's."""
+        if _place(self.log_path) != self._held:
+            raise RunFailed(f"{self.path}: removed or renamed while the run went on, which ends here")
+
+    def create(self, run: Run, mean: bytes, manifest: bytes | None = None, job: str | None = None) -> None:
+        """Begin a run here, with the bytes of the shards' mean.npy and manifest.json, of the torchrun job `job`."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_durably(self.path / "mean.npy", mean)
         if manifest is not None:
             write_durably(self.path / FILE_NAME, manifest)
-        described = {**run.to_dict(), "words": run.words}
+        described = {**run.to_dict(), "words": run.words, "job": job}
         write_durably(self.path / "run.json", (json.dumps(described, indent=1) + "\n").encode())
 
     def hashed(self) -> dict[str, list[int]]:
@@ -126,6 +141,9 @@ class RunFolder:
 
     def begun_by(self, job: str) -> bool:
         """Whether the torchrun job of that name has begun or resumed the run that is here."""
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # what is damaged is told when it is read
+            if json.loads(read_plain(self.path / "run.json")).get("job") == job:
+                return True
         if not self.is_there() or not self.log_path.is_file():
             return False
         return any(record.get("job") == job for record in read_log(self.log_path))
@@ -178,8 +196,9 @@ class RunFolder:
                             f"{self.path / 'run.json'}); remove it, or restore run.json")
 
     def mean(self, run: Run) -> np.ndarray:
-        """Return the training set's mean image, float32 [256, 256, 3]. UserError where it has changed."""
+        """Return the training set's mean image, float32 [256, 256, 3]. UserError where it has changed, DataError where
+        it is none."""
         path = self.path / "mean.npy"
         if not path.is_file() or sha256_of(path) != run.mean:
             raise UserError(f"{path}: missing or changed since the training; copy it from the shards")
-        return np.load(path, allow_pickle=False)
+        return load_mean(path)

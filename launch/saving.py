@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from launch.checkpoint_writer import CheckpointWriter, NotWritten
+from launch.environment import tell_checkpoint
 from launch.runlog import RunLog
 
 NOT_WRITTEN = 3  # checkpoints in a row after which a run that cannot write them ends
@@ -44,6 +45,7 @@ class Saving:
         """Log the checkpoint that has become whole, if one has."""
         written = self._writer.written()
         if written is not None:
+            tell_checkpoint()
             self._not_written = 0
             self._log.write("checkpoint", step=written.step, path="/".join(written.path.parts[-2:]),
                             held_s=round(written.held_s, 3), seconds=round(written.seconds, 3))

@@ -13,11 +13,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
-from launch.environment import ENDING, LAUNCHER
+from launch.environment import ENDING, LAUNCHER, allow_open_files
+from launch.stopping import IMPATIENT_S
 
 PREFIX, LOCK = "alexnet-torchrun-", "lock"
 
@@ -26,19 +29,23 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as in launch.cli, before torch is imported
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    from launch.errors import RunFailed
+    from launch.errors import STOPPED, RunFailed, UserError
     from launch.loopback import keep_agents_on_loopback
     from launch.unpickling import data_alone_between_agents
 
     try:
         keep_agents_on_loopback()
         data_alone_between_agents()
-    except RunFailed as error:
-        sys.exit(f"alexnet: {error}")
+        allow_open_files()
+    except (RunFailed, UserError) as error:
+        print(f"alexnet: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunFailed) else 2)
+    api._terminate_process_handler = _asked_once(api._terminate_process_handler)
     LocalElasticAgent._monitor_workers = _telling_signals(LocalElasticAgent._monitor_workers)
     os.environ[LAUNCHER] = str(os.getpid())
     # Or the processes of all attempts would meet in one store, and find there what those before them have left.
@@ -50,23 +57,38 @@ def main() -> None:
         ending = folder / "ending"
         os.environ[ENDING] = str(ending)
         try:
-            run.main(["--log-dir", str(folder), *sys.argv[1:]])
+            options = run.parse_args(["--log-dir", str(folder), *sys.argv[1:]])
+            run.config_from_args(options)
+        except (ValueError, AssertionError) as error:
+            _refuse(error)
+        try:
+            run.run(options)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
-        except (ValueError, AssertionError) as error:  # of its options
-            print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} ({_line(error)})", file=sys.stderr)
-            sys.exit(2)
+        except ValueError as error:  # of the rendezvous
+            _refuse(error)
         except (KeyboardInterrupt, SignalException, RendezvousError) as error:
-            with suppress(OSError, ValueError):
-                sys.exit(int(ending.read_text()))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to be done takes no time
+            code, *told = _words(ending)
+            if told:
+                sys.exit(int(code))
             if isinstance(error, RendezvousError):
                 print(f"alexnet: the hosts of this job do not meet, or no more ({_line(error)}): are all of them "
                       "running, and can they reach --rdzv-endpoint?", file=sys.stderr)
                 sys.exit(1)
             stopped_by = getattr(error, "sigval", signal.SIGINT)
-            print(f"alexnet: stopped by {_name(stopped_by)}", file=sys.stderr)
-            sys.exit(128 + stopped_by)
+            goes_on = stopped_by == signal.SIGTERM and code == str(STOPPED)
+            print(f"alexnet: stopped by {_name(stopped_by)}"
+                  f"{'; there is a checkpoint: go on with --resume' if goes_on else ''}", file=sys.stderr)
+            sys.exit(STOPPED if goes_on else 128 + stopped_by)
+
+
+def _words(ending: Path) -> list[str]:
+    """Return what the processes have said of the job's end: see launch.environment.tell_ending."""
+    with suppress(OSError):
+        return ending.read_text().split() or [""]
+    return [""]
 
 
 def _telling_signals(monitor: Callable) -> Callable:
@@ -80,6 +102,25 @@ def _telling_signals(monitor: Callable) -> Callable:
         return result
 
     return monitored
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} ({_line(error)})", file=sys.stderr)
+    sys.exit(2)
+
+
+def _asked_once(handle: Callable) -> Callable:
+    """Have torchrun take SIGTERMs that come close together for one, as the processes do: each would cut short what it
+    does for the one before."""
+    asked_at = -IMPATIENT_S
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal asked_at
+        before, asked_at = asked_at, time.monotonic()
+        if number != signal.SIGTERM or asked_at - before > IMPATIENT_S:
+            handle(number, frame)
+
+    return handler
 
 
 def _line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from launch import checkpoint, facts
-from launch.environment import job, restarts
+from launch.environment import job, restarts, tell_checkpoint
 from launch.errors import OutOfMemory, UserError
 from launch.evaluate import Errors
 from launch.run_folder import IN_USE, Run, RunFolder
@@ -41,6 +41,8 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
         run = _resumed(folder, recipe, seed, epochs, data)
         newest = folder.newest_checkpoint(run, tell=world.leads)
         reached = checkpoint.read_state(newest)["step"] if newest else 0
+        if newest:
+            tell_checkpoint()
         if options.stop_after is not None and options.stop_after < reached:
             raise UserError(f"{folder.path}: at step {reached} already, past --steps {options.stop_after}")
     else:
@@ -65,7 +67,7 @@ def train(world: World, shards: Path, folder: RunFolder, recipe: Recipe | None, 
                 raise UserError(f"{folder.path}: another process has trained there meanwhile; resume again")
             if not (options.resume or restarted):
                 folder.check_new()
-                folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes())
+                folder.create(run, (shards / manifest.mean.name).read_bytes(), (shards / FILE_NAME).read_bytes(), job())
             for damaged in seen[seen.index(newest) + 1 if newest else 0 :]:
                 checkpoint.set_aside(damaged)
             if hashed:

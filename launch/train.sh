@@ -7,7 +7,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if ! [[ ${PROCESSES:-2} =~ ^[1-9][0-9]{0,3}$ && ${RESTARTS:-10} =~ ^[0-9]{1,4}$ ]]; then
-    echo "alexnet: PROCESSES=${PROCESSES:-2} RESTARTS=${RESTARTS:-10}: numbers, please, of processes at least 1" >&2
+    echo "alexnet: PROCESSES=${PROCESSES:-2} RESTARTS=${RESTARTS:-10}: PROCESSES is from 1 to 9999, RESTARTS from 0" >&2
     exit 2
 fi
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}

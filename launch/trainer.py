@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from launch import checkpoint, facts
 from launch.board import Board
 from launch.checkpoint_writer import CheckpointWriter
-from launch.environment import job, restarts
+from launch.environment import job, most_restarts, restarts, tell_ending
 from launch.errors import RunFailed, Stopped, UserError
 from launch.evaluate import Errors, error_rates
 from launch.interval import Interval
@@ -37,8 +39,10 @@ from model.softmax import first_class
 from model.tower import whole_shapes
 from model.training import TrainingStep
 from pipeline.batches import Lighting, TrainingBatches
+from pipeline.errors import DataError
 from pipeline.loader import EvaluationLoader, TrainingLoader
 from pipeline.manifest import Manifest
+from pipeline.mean import load_mean
 from pipeline.shards import ShardImages
 
 CONTROL_STEPS = 10  # how often the processes compare batches, look at the loss and may begin a checkpoint
@@ -63,7 +67,7 @@ class Trainer:
                  options: Options):
         self.world, self.identity, self.folder, self.options = world, run, folder, options
         self.recipe = recipe = run.recipe
-        self.mean = np.load(shards / manifest.mean.name, allow_pickle=False)
+        self.mean = load_mean(shards / manifest.mean.name)
         self.classes = len(manifest.classes)
         self.training, self.validation = (ShardImages(shards, manifest, split) for split in ("train", "val"))
         lighting = Lighting.from_covariance(np.array(manifest.rgb_covariance), recipe.colour_std, recipe.colour_by)
@@ -77,16 +81,16 @@ class Trainer:
         self.validates = False  # whether an epoch has ended that has not been validated
         self.trained_s = 0.0  # without validation, earlier parts of a resumed run included
         self.overhead_s = 0.0  # of this process: looking after the run, its log, and beginning checkpoints
-        self.last_loss: float | None = None
+        self.epoch_loss, self.epoch_steps = 0.0, 0  # a sum over the steps of this epoch, as far as this part did them
 
     def run(self, newest: Path | None) -> Errors | None:
         """Train from `newest`, or from the start; return the last validation's errors."""
         self._build(newest)
-        if newest is None and self.options.resume and self.world.leads:
-            print(f"{self.folder.checkpoints}: no checkpoint there, so from the start", file=sys.stderr)
-        if newest is not None and self.world.leads:
-            again = f", started anew for the {restarts()}. time" if restarts() else ""
-            print(f"going on from step {self.step} of {self.total_steps}{again}", file=sys.stderr)
+        if self.world.leads and (newest or self.options.resume or restarts()):
+            begins = (f"going on from step {self.step} of {self.total_steps}" if newest else
+                      f"{self.folder.checkpoints}: no checkpoint there, so from the start")
+            again = f" (restart {restarts()} of {most_restarts()})" if restarts() else ""
+            print(begins + again, file=sys.stderr)
         with (Board(self.folder.path if self.world.leads else None) as self.board,
               RunLog(self.folder.log_path if self.world.leads else None, self.board.record) as self.log,
               StepFile(self.folder.step_path if self.world.leads else None) as self.step_file,
@@ -94,10 +98,15 @@ class Trainer:
             self.saving = Saving(self.writer, self.log, self.world.leads)
             self._log_start(newest)
             self._show_kernels()
-            self._loop()
+            try:
+                self._loop()
+            except (RunFailed, UserError, DataError) as error:
+                self.log.write("failed", step=self.step, reason=str(error))
+                raise
             self.log.write("end", step=self.step, trained_s=round(self.trained_s, 1), repeated=self.step_file.repeated,
                            overhead_s=round(self.overhead_s, 2),
                            **({"val": asdict(self.errors)} if self.errors else {}))
+            tell_ending(0)  # from now on SIGTERM changes nothing
         return self.errors
 
     def _loop(self) -> None:
@@ -187,13 +196,15 @@ class Trainer:
 
     @contextmanager
     def _replicas_lost(self) -> Iterator[None]:
-        """Where gradients are averaged, take torch's errors for what they mostly are: another replica's end."""
+        """Where gradients are averaged, take torch's errors for what they mostly are: another replica's end. (But those
+        of this process's device; gloo's have no type of their own.)"""
         try:
             yield
         except (PeerError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            if self.world.gradients is None:
+            own = not isinstance(error, dist.DistError) and re.search("CUDA|CUBLAS|cuDNN|alloc", str(error))
+            if self.world.gradients is None or own:
                 raise
             raise PeerError(f"another process died or hangs (averaging gradients: {reason(error)})") from error
 
@@ -207,26 +218,24 @@ class Trainer:
         late, stopped, unsound, failed = (any(column) for column in list(zip(*told))[2:6])
         for first in range(0, len(told), self.world.towers):
             if any(notes[:2] != told[first][:2] for notes in told[first : first + self.world.towers]):
-                self._fail("the two towers were given different images; do both hosts read the same shards with the "
-                           "same decoder?")
+                raise RunFailed(f"step {self.step}: the two towers were given different images; do both hosts read "
+                                "the same shards with the same decoder?")
         figures = interval.figures([notes[6:] for notes in told])
         if unsound or not np.isfinite(figures["loss"]):
-            self._fail(f"the loss (now {figures['loss']:.4g}) or the weights are not finite; the last good "
-                       f"checkpoint is in {self.folder.checkpoints}; lower the learning rate or look at the data")
+            raise RunFailed(f"step {self.step}: the loss (now {figures['loss']:.4g}) or the weights are not finite; "
+                            f"the last good checkpoint is in {self.folder.checkpoints}; lower the learning rate or look "
+                            "at the data")
         if failed:
             self.saving.settle(self.step)
         self.trained_s += interval.seconds
-        self.last_loss = figures["loss"]
-        self.log.write("steps", step=self.step, epoch=self.step / self.steps_per_epoch, rate=self.rate, **figures)
+        self.epoch_loss += figures["loss"] * interval.steps
+        self.epoch_steps += interval.steps
+        self.log.write("steps", step=self.step, steps=interval.steps, epoch=self.step / self.steps_per_epoch,
+                       rate=self.rate, **figures)
         bar.set_postfix_str(f"loss {figures['loss']:.3f}, error {figures['train_top1_error']:.1%}, "
                             f"{figures['images_per_s']:,.0f} images/s, {figures['memory_gib']:.1f} GiB")
         self.saving.tell()
         return late, stopped
-
-    def _fail(self, reason: str) -> NoReturn:
-        """End the run; called by all processes alike."""
-        self.log.write("failed", step=self.step, reason=reason)
-        raise RunFailed(f"step {self.step}: {reason}")
 
     def _end_early(self) -> NoReturn:
         """End a run that was asked to stop; called by all processes alike, after a checkpoint was begun."""
@@ -242,15 +251,17 @@ class Trainer:
                                    recipe.pixel_scale, world.threads, recipe.mean_at, recipe.crop, self.part)
         self.errors = errors = error_rates(self.network, self._until_stopped(batches), self.classes, self.world)
         if errors.top1 < self.progress.best_error and self.world.leads:
+            self.folder.check_held()
             self.writer.mark_best(self.step, errors.top1)
         self.progress, self.validates = self.recipe.schedule.observe(self.progress, errors.top1), False
         epoch = self.step // self.steps_per_epoch
         self.log.write("epoch", epoch=epoch, step=self.step, val=asdict(errors), trained_s=round(self.trained_s, 1),
                        validation_s=round(time.perf_counter() - began, 1))
         if self.world.leads:
-            loss = f"loss {self.last_loss:.3f}, " if self.last_loss is not None else ""
+            loss = f"loss {self.epoch_loss / self.epoch_steps:.3f}, " if self.epoch_steps else ""
             tqdm.write(f"epoch {epoch}: {loss}validation top-1 error {errors.top1:.2%}, "
                        f"top-5 {errors.top5:.2%}, {self.trained_s:.0f} s of training", file=sys.stderr)
+        self.epoch_loss, self.epoch_steps = 0.0, 0
 
     def _until_stopped(self, batches: EvaluationLoader) -> Iterator[tuple[Tensor, Tensor]]:
         """Give `batches`, unless a process is asked to stop, which ends the run: its checkpoint is of before."""
@@ -271,8 +282,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin a checkpoint, of sound shards."""
-        if self.world.leads and not self.folder.is_there():
-            raise RunFailed(f"{self.folder.path}: removed or renamed while the run went on, which ends here")
+        if self.world.leads:
+            self.folder.check_held()
         for images in (self.training, self.validation):
             images.check_unchanged()
         scale = self.train_step.loss_scale

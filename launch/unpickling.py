@@ -37,7 +37,7 @@ class DataUnpickler(pickle.Unpickler):
         if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) or any(found is one for one in PLAIN):
             return found
         if isinstance(found, type) and (issubclass(found, Exception) or f"{module}.".startswith(RECORDS) and (
-                dataclasses.is_dataclass(found) or issubclass(found, enum.Enum))):
+                dataclasses.is_dataclass(found) or issubclass(found, (enum.Enum, BaseException)))):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} is no data: refused")
 

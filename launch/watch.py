@@ -11,12 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from launch.errors import UserError
+from launch.errors import UserError, printable
 from launch.runlog import record_of
 
 LATEST = 20  # lines of the log, over which speed is taken
+STOPPED_S = 60
 PATIENCE_S, PATIENCE = 60, 5  # silent: so many seconds and so many times the longest of the latest gaps
 LOOK_S = 1.0  # how often the log is looked at
+LONGEST = 1 << 22  # bytes of a record
 REMEMBERED = 200  # bytes by which a file is known to be still the same
 FIGURES = {  # of the steps, and how they are shown
     "loss": "loss {:.3f}", "train_top1_error": "training error {:.2%}", "images_per_s": "{:,.0f} images/s",
@@ -52,6 +54,7 @@ class Progress:
                 repeats = _number(record, "repeats")  # earlier versions did not count
                 self.repeated += max(0, self.step - step) if repeats is None else repeats
             self.step = step
+            self.checkpoint_step = step or None  # from which it goes on
             self._gaps_s.clear()
             recipe = record.get("recipe")
             self.epochs, self.batch = _number(recipe, "epochs"), _number(recipe, "batch")
@@ -70,7 +73,7 @@ class Progress:
             self.checkpoint_step = step
         elif event in ("end", "stopped", "failed"):
             self.state, self.step = "ended" if event == "end" else event, step
-            self.reason = str(record["reason"]) if "reason" in record else None
+            self.reason = printable(str(record["reason"])) if "reason" in record else None
 
     def epoch(self) -> float | None:
         return self.step / self.steps_per_epoch if self.steps_per_epoch else None
@@ -131,8 +134,10 @@ class Watch:
                 self._offset += len(block)
                 self._end = (self._end + block)[-REMEMBERED:]
                 *lines, self._rest = (self._rest + block).split(b"\n")
+                if len(self._rest) > LONGEST:  # no record: the rest of it is not read as one either
+                    self._rest = self._rest[: LONGEST + 1]
                 for line in lines:
-                    record = record_of(line.decode(errors="replace"))
+                    record = record_of(line.decode(errors="replace")) if len(line) <= LONGEST else None
                     if record is not None:
                         self.progress.add(record)
 
@@ -181,12 +186,13 @@ class Watch:
 def follow(watch: Watch, out: TextIO) -> str:
     """Write to `out` until the run ends, is stopped or fails, which is returned.
 
-    On a terminal one line is refreshed, elsewhere there is another whenever the log says something new.
+    One that is stopped may be started anew by torchrun: it is over when it stays so for STOPPED_S. On a terminal one
+    line is refreshed, elsewhere there is another whenever the log says something new.
     """
     refreshed, told = out.isatty(), None
     while True:
         state = watch.state()
-        over = state in ("ended", "stopped", "failed")
+        over = state in ("ended", "failed") or state == "stopped" and watch.age_s() > STOPPED_S
         if refreshed:
             width = shutil.get_terminal_size().columns - 1
             print("\r" + (watch.line() if over else watch.line()[:width]).ljust(width), end="", file=out, flush=True)

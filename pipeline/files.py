@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from pipeline.errors import PreprocessError
 
+MOST_AT_ONCE = 1 << 30  # bytes: no file that is read whole is nearly as long
 TEMPORARY = ".tmp"  # how the name of a file ends that is not whole yet
 
 
@@ -64,12 +65,21 @@ def scratch_file() -> Iterator[BinaryIO]:
                               "folder in TMPDIR; it goes on where it was") from None
 
 
-def read_plain(path: Path) -> bytes:
-    """Return what a file holds; OSError also where it is none, but a pipe, which would block."""
+@contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to read; OSError also where it is none, but a pipe, which would block, or a device."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a plain file", str(path))
-        return file.read()
+        yield file
+
+
+def read_plain(path: Path, most: int = MOST_AT_ONCE) -> bytes:
+    """Return what a file holds; OSError as of open_plain, and where it is longer than `most` bytes."""
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"longer than {most:,} bytes", str(path))
+        return file.read(most)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -88,7 +98,7 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -130,10 +130,10 @@ class ShardImages:
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """Return a file's stamp; None where there is no file."""
+    """Return a file's stamp; None where there is no file. OSError where nobody can say."""
     try:
         found = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 

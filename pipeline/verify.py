@@ -13,6 +13,7 @@ import simplejpeg
 
 from pipeline.errors import DataError, PreprocessError
 from pipeline.manifest import IMAGE_SIZE, REJECTED_NAME, Manifest, ShardFile, check_files
+from pipeline.mean import load_mean
 from pipeline.progress import Progress
 from pipeline.shards import RAW_BYTES, read_batches
 from pipeline.storage import Storage
@@ -68,14 +69,9 @@ def verify_place(storage: Storage, manifest: Manifest) -> None:
 
 def check_mean(path: Path) -> None:
     """Raise DataError unless `path` is a mean image."""
-    try:
-        mean = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it or preprocess again") from None
-    if mean.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or mean.dtype != np.float32 or not (
-        mean.min() >= 0 and mean.max() <= 255
-    ):
-        raise DataError(f"{path}: no mean image; restore it or preprocess again")
+    mean = load_mean(path)
+    if not (mean.min() >= 0 and mean.max() <= 255):
+        raise DataError(f"{path}: no mean image (values beyond 0 to 255); restore it or preprocess again")
 
 
 class ShardChecker:

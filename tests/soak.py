@@ -101,8 +101,8 @@ def disturb(job: Job, chance: random.Random) -> tuple[str, float]:
     if chance.random() < 0.15:
         name, victim, number = "SIGTERM to torchrun", job.launcher.pid, signal.SIGTERM
     else:
-        rank, number = chance.randrange(len(job.workers())), chance.choice(SIGNALS)
-        name, victim = f"{number.name} to a worker", job.workers()[rank]
+        victim, number = chance.choice(job.workers()), chance.choice(SIGNALS)
+        name = f"{number.name} to a worker"
     hit = time.monotonic()
     os.kill(victim, number)
     if victim == job.launcher.pid:

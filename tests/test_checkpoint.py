@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -34,6 +36,18 @@ def test_another_network_is_refused(tmp_path):
     path = save(tmp_path, 5, network(seed=1), SHAPES, {})
     with pytest.raises(UserError, match=r"does not fit this network .conv1.weight: \[96, 3, 11, 11\] wanted, \[24, 3"):
         checkpoint.load(path, dict(network(seed=0)), whole_shapes(NOTES, 7))
+
+
+def test_what_is_no_file_of_a_checkpoint_is_not_waited_for(tmp_path):
+    path = save(tmp_path, 5, network(seed=1), SHAPES, {})
+    (tensors,) = path.glob("*.safetensors")
+    for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero")):
+        tensors.unlink()
+        make(tensors)
+        with pytest.raises(checkpoint.Damaged, match="safetensors: cannot be read .not a plain file"):
+            checkpoint.check(path)
+    (tmp_path / "step-\N{ARABIC-INDIC DIGIT THREE}").mkdir()
+    assert checkpoint.steps(tmp_path) == [path]
 
 
 def test_an_unfinished_checkpoint_is_never_found_and_cleared_away(tmp_path):

@@ -188,6 +188,29 @@ def test_a_reader_that_has_seen_enough():
         assert done.stderr.read() == b"" and done.wait(60) == 1
 
 
+def test_what_is_half_done_goes_when_a_command_is_asked_to_end(tmp_path):
+    program = ("import sys, time\nfrom pathlib import Path\nfrom launch import cli\n"
+               "from pipeline.files import creating\nplace = Path(sys.argv[1])\n"
+               "@cli.cli.command()\ndef slow():\n    with creating(place):\n"
+               "        print('begun', flush=True)\n        time.sleep(60)\n"
+               "sys.argv = ['alexnet', 'slow']\ncli.main()")
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "file"], cwd=ROOT, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "begun\n" and len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+        assert process.wait(30) == 143 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, ends", [("ESTALE", ""), ("EIO", ""), ("ENOENT", "for good\n")])
+def test_what_may_pass_is_tried_again_and_a_mistake_is_not(name, ends):
+    program = ("import errno, sys\nfrom launch import cli\nnumber = getattr(errno, sys.argv[1])\n"
+               "def failing(**_):\n    raise OSError(number, 'of the disk', 'file')\n"
+               "cli.recipes.recipes.callback = failing\ncli.end_job = lambda code: print('for good')\n"
+               "sys.argv = ['alexnet', 'recipes']\ncli.main()")
+    done = subprocess.run([sys.executable, "-c", program, name], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, ends, "alexnet: file: of the disk\n")
+
+
 def test_an_empty_name_is_not_this_folder(tmp_path):
     for arguments in (["inspect", ""], ["preprocess", "", tmp_path], ["preprocess", tmp_path, ""], ["verify", ""]):
         done = alexnet(*arguments)

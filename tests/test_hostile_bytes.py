@@ -30,7 +30,9 @@ from launch.run_folder import RunFolder
 from launch.runlog import read_log
 from model.recipe import NOTES
 from pipeline.errors import DataError
+from pipeline.files import read_plain
 from pipeline.manifest import Manifest, ShardFile, Split, SynsetClass, check_files, parse_manifest
+from pipeline.mean import load_mean
 from pipeline.shards import RAW_BYTES, SCHEMA, ShardImages, read_batches
 
 thorough = settings(max_examples=200, derandomize=True, deadline=None, database=None,
@@ -279,6 +281,25 @@ def test_pixels_are_whole(tmp_path):
     (tmp_path / "train.arrow").write_bytes(arrow([bytes(RAW_BYTES), bytes(RAW_BYTES), bytes(RAW_BYTES - 1)]))
     with pytest.raises(DataError, match=f"an image is not {RAW_BYTES} bytes"):
         ShardImages(tmp_path, manifest, "train")
+
+
+def test_a_mean_image_that_is_none(tmp_path):
+    """Its hash may fit a manifest that somebody has made up."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6, 3)}
+    vast, odd = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(vast, header)
+    np.save(odd, np.array([object()]), allow_pickle=True)
+    for content in (b"", b"no array", vast.getvalue(), odd.getvalue()):
+        (tmp_path / "mean.npy").write_bytes(content)
+        with pytest.raises(DataError, match="mean.npy: cannot be read"):
+            load_mean(tmp_path / "mean.npy")
+
+
+def test_files_without_an_end_are_not_read(tmp_path):
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(OSError, match="longer than"):
+        read_plain(tmp_path / "manifest.json")
 
 
 def test_pipes_are_not_waited_for(tmp_path):

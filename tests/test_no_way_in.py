@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from base64 import b64encode
 from contextlib import suppress
 from datetime import timedelta
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous, static_tcp_rendezvous
 from torch.distributed.rpc import api, internal
@@ -112,6 +114,7 @@ def test_what_is_no_data_is_not_unpickled(module, name):
 def test_data_are_unpickled():
     data = [{"tower1": (2, {torch.device("cuda", 0): torch.device("cuda", 1)}, [])}, torch.float32, torch.Size([2, 3]),
             torch.strided, OSError(28, "No space left on device"), {dynamic_rendezvous._NodeDesc("host", 1, 0)},
+            CheckpointException("full", {1: (OSError(28, "No space left on device"), traceback.StackSummary())}),
             WriteItem(index=dist.checkpoint.metadata.MetadataIndex("conv1.weight"), type=WriteItemType.SHARD)]
     found = DataUnpickler(io.BytesIO(pickle.dumps(data))).load()
     assert repr(found) == repr(data)

@@ -16,7 +16,7 @@ import pytest
 from conftest import PROGRAMS, ROOT
 from towers_at_work import STEPS, Towers, assert_same, wait_for_steps, weights
 
-from launch.environment import tell_ending
+from launch.environment import tell_checkpoint, tell_ending
 from launch.errors import STOPPED
 from launch.runlog import read_log
 
@@ -41,7 +41,7 @@ def test_a_process_that_is_hit_is_started_anew(shards, finished, tmp_path, rank,
     output = towers.output(timeout_s=100)
     assert towers.process.returncode == 0, output
     (resumed,) = [record for record in read_log(run / "log.jsonl") if record["event"] == "resume"]
-    assert f"\ngoing on from step {resumed['step']} of 30, started anew for the 1. time\n" in f"\n{output}", output
+    assert f"\ngoing on from step {resumed['step']} of 30 (restart 1 of 3)\n" in f"\n{output}", output
     assert "Traceback" not in output
     ended = re.findall("alexnet: the process of rank (.) was ended by (.*)", output)
     assert ended == ([] if number == signal.SIGTERM else [(str(rank), "SIGKILL")]), output
@@ -71,7 +71,9 @@ def test_a_scheduler_that_wants_the_machine_back(shards, finished, tmp_path, pro
     towers = disturbed(shards, run, processes=processes)
     for pid in towers.workers() if to_all else []:
         os.kill(pid, signal.SIGTERM)
-    towers.process.terminate()
+    for _ in range(5):  # one request, however often it is made in some seconds
+        towers.process.terminate()
+        time.sleep(0.02)
     output = towers.output(timeout_s=30)
     assert towers.process.returncode == STOPPED, output
     step = read_log(run / "log.jsonl")[-1]["step"]
@@ -94,14 +96,29 @@ def test_a_process_alone_is_stopped_in_the_same_way(shards, tmp_path):
     assert process.returncode == STOPPED and told.splitlines()[-1].startswith("alexnet: stopped by SIGTERM at step ")
 
 
-def test_what_would_fail_again_is_not_tried_again(shards, tmp_path):
+def started(program: str, *words) -> subprocess.CompletedProcess:
+    """Run two processes of a program that stands in for `alexnet`, to be started anew five times."""
     command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=5",
-               str(PROGRAMS / "wild.py"), "train", str(shards), str(tmp_path / "run"), "--recipe", "tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT,
+               str(PROGRAMS / program), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_what_would_fail_again_is_not_tried_again(shards, tmp_path):
+    done = started("wild.py", "train", shards, tmp_path / "run", "--recipe", "tiny")
     told = [line for line in done.stderr.splitlines() if line.startswith("alexnet: ")]
     assert done.returncode == 1 and len(told) == 1 and "are not finite" in told[0], done.stderr
-    assert [record["event"] for record in read_log(tmp_path / "run" / "log.jsonl")].count("resume") == 0
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert [record["event"] for record in records].count("resume") == 0
+    assert records[-1]["event"] == "failed" and "are not finite" in records[-1]["reason"]
+
+
+def test_a_process_that_dies_before_there_is_a_log_is_started_anew(shards, tmp_path):
+    done = started("dies_early.py", "train", shards, tmp_path / "run", "--recipe", "tiny", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "alexnet: the process of rank 1 was ended by SIGKILL\n" in done.stderr
+    assert "checkpoints: no checkpoint there, so from the start (restart 1 of 5)\n" in done.stderr
+    assert [record["event"] for record in read_log(tmp_path / "run" / "log.jsonl")][0::3] == ["start", "end"]
 
 
 @pytest.mark.parametrize("change, told", [("remove", "gone since it was opened"), ("cut", "changed since")])
@@ -137,6 +154,12 @@ def test_a_stopped_sibling_is_ended(tmp_path):
 def test_a_launcher_ends_with_the_code_that_it_was_told(tmp_path, monkeypatch):
     monkeypatch.setenv("ALEXNET_ENDING", str(tmp_path / "ending"))
     tell_ending(STOPPED)
+    assert (tmp_path / "ending").read_text() == "75 told"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    tell_checkpoint()
+    assert (tmp_path / "ending").read_text() == "75 told"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    tell_checkpoint()
     assert (tmp_path / "ending").read_text() == "75"
     tell_ending(None)
     assert (tmp_path / "ending").read_text() == ""

@@ -20,15 +20,17 @@ from click.testing import CliRunner
 from conftest import ROOT
 from towers_at_work import STEPS, Towers, alexnet, assert_same, children_of, wait_for_steps, weights
 
+from launch import checkpoint
 from launch.cli import cli
 from launch.errors import RunFailed
 from launch.profiling import RECORDED, SKIPPED
 from launch.run_folder import RunFolder
-from launch.runlog import read_log
+from launch.runlog import RunLog, read_log
 from launch.train import train
 from launch.trainer import Options
 from launch.world import join_world
 from model.recipe import TINY
+
 
 def test_a_run_on_raw_pixels_is_a_run_on_jpegs_up_to_their_loss(shards, finished, tmp_path):
     Towers(shards.parent / "raw", tmp_path / "raw").check()
@@ -50,18 +52,20 @@ def test_two_processes_go_on_as_one_and_back(shards, finished, tmp_path):
     def last_layer(tensors):
         return {name: tensor for name, tensor in tensors.items() if "fc8" in name}
 
-    one, two = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("one", "two"))
+    one, two, four = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("one", "two", "four"))
+
     def go_on(steps: int, *started: tuple[Path, int]) -> None:
         for towers in [Towers(shards, run, "--resume", "--steps", steps, processes=number) for run, number in started]:
             towers.check()
 
-    for run in (one, two):
+    for run in (one, two, four):
         shutil.rmtree(run / "checkpoints" / f"step-{STEPS:09d}")
-    go_on(16, (one, 1), (two, 2))
+    go_on(16, (one, 1), (two, 2), (four, 4))
+    assert len(list((four / "checkpoints" / "step-000000016").glob("*.safetensors"))) == 2  # of one replica
     assert len(list((one / "checkpoints" / "step-000000016").glob("*.safetensors"))) == 1
     assert_same(weights(one, 16), weights(two, 16), tolerance=0.03)
     assert_same(last_layer(weights(one, 16)), last_layer(weights(two, 16)), tolerance=1e-5)
-    go_on(17, (one, 2), (two, 1))
+    go_on(17, (one, 2), (two, 1), (four, 2))
     assert_same(weights(one, 17), weights(two, 17), tolerance=0.03)
     assert_same(last_layer(weights(one, 17)), last_layer(weights(two, 17)), tolerance=1e-3)
 
@@ -101,8 +105,6 @@ def test_log_says_what_was_run(finished):
     assert [record["val"]["images"] for record in epochs] == [50]
 
 
-
-
 def test_evaluation_is_the_same_in_one_process_and_two(torchrun, shards, finished):
     for views in (1, 10):
         words = ["evaluate", finished, shards, "--views", views, "--json"]
@@ -129,17 +131,21 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(shards, tmp_path)
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(shards, finished, tmp_path):
+    """In two processes, which go on once, and end together."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    before = weights(run)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:09d}")
+    before = weights(run, 15)
     limit = str(2 << 20)  # bytes of any file written: the log fits, a checkpoint does not
-    command = ["prlimit", f"--fsize={limit}", "bash", str(ROOT / "launch/train.sh"), str(shards), str(run), "--resume"]
+    command = ["prlimit", f"--fsize={limit}", "bash", str(ROOT / "launch/train.sh"), str(shards), str(run), "--resume",
+               "--checkpoint-minutes", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 1
-    told = (r"going on from step 25 of 30\nepoch 2: .*\n"
+    told = (r"going on from step 15 of 30\nepoch 1: .*\n"
+            r"alexnet: .*step-000000021: the checkpoint cannot be written .*--resume \(or wait: .*\)\nepoch 2: .*\n"
             r"alexnet: .*step-000000030: the checkpoint cannot be written .*--resume\n")
     assert re.fullmatch(told, done.stderr), done.stderr
-    assert_same(weights(run), before)
+    assert_same(weights(run, 15), before)
 
 
 # What the user does wrong: one line, exit code 2, nothing lost.
@@ -245,6 +251,25 @@ def test_a_folder_that_is_removed_while_the_run_goes_on(shards, tmp_path, monkey
         with pytest.raises(RunFailed, match="run: removed or renamed while the run went on, which ends here"):
             train(world, shards, folder, run, 0, None, Options(stop_after=1))
     assert "start" in seen and not folder.checkpoints.exists()
+
+
+def test_another_run_in_the_place_of_this_one_is_left_alone(shards, tmp_path, monkeypatch):
+    """Where the folder of a run that goes on was renamed, and another one begun under its name."""
+    folder, write = RunFolder(tmp_path / "run"), RunLog.write
+
+    def renamed(log, event, **fields):
+        write(log, event, **fields)
+        if event == "start" and fields["seed"] == 0:
+            folder.path.rename(tmp_path / "elsewhere")
+            with join_world("cpu", "rpc", 5, 1) as world:
+                train(world, shards, RunFolder(folder.path), TINY, 1, None, Options(stop_after=1))
+
+    monkeypatch.setattr(RunLog, "write", renamed)
+    with join_world("cpu", "rpc", 5, 1) as world:
+        with pytest.raises(RunFailed, match="run: removed or renamed while the run went on, which ends here"):
+            train(world, shards, folder, TINY, 0, None, Options(stop_after=1, keep=1))
+    (kept,) = folder.checkpoints.iterdir()
+    assert kept.name == "step-000000001" and checkpoint.check(kept)["seed"] == 1
 
 
 def test_two_trainers_in_one_folder(shards, finished, tmp_path):

@@ -288,6 +288,32 @@ def test_silence_is_told_once_and_its_end(run, clocks, monkeypatch):
     assert states == ["running", "silent for 1 h 1 min", "running", "ended"]
 
 
+def test_a_run_that_is_stopped_may_be_started_anew(run, clocks, monkeypatch):
+    def wait():
+        clocks.steady += 61
+
+    script = [lambda: write(run, "stopped", step=1), lambda: None, lambda: write(run, "resume", step=1),
+              lambda: steps(run, 11), lambda: write(run, "stopped", step=11), wait]
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: script.pop(0)())
+    written = io.StringIO()
+    assert follow(Watch(run), written) == "stopped" and script == []
+    states = [line.split(",")[0] for line in written.getvalue().splitlines()]
+    assert states == ["running", "stopped", "running", "running", "stopped"]
+
+
+def test_a_line_without_an_end_is_no_record_and_control_characters_are_spelt_out(run):
+    with open(run / "log.jsonl", "ab") as log:
+        log.write(b'{"event": "steps", "step": 7, "loss": "' + bytes(100 << 20))
+    began = time.perf_counter()
+    seen = Watch(run)
+    assert time.perf_counter() - began < 5 and len(seen._rest) <= 2 * watch.LONGEST and seen.progress.step == 0
+    with open(run / "log.jsonl", "ab") as log:
+        log.write(b'"}\n')
+    write(run, "failed", step=9, reason="\x1b]0;owned\x07 a\nb")
+    seen.look()
+    assert seen.line().startswith("failed (\\x1b]0;owned\\x07 a b), step 9")
+
+
 def test_ctrl_c_ends_the_watching_quietly(run, monkeypatch):
     def interrupted(seconds):
         raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from launch.errors import UserError
 from pipeline.batches import Lighting, TrainingBatches
 from pipeline.loader import TrainingLoader
 from pipeline.manifest import load_manifest
+from pipeline.mean import load_mean
 from pipeline.shards import ShardImages
 
 
@@ -36,7 +37,7 @@ def loader_speed(
     manifest, _ = load_manifest(shards)
     images = ShardImages(shards, manifest, "train")
     plan = TrainingBatches(len(images), batch, 0, Lighting.from_covariance(np.array(manifest.rgb_covariance)))
-    mean = np.load(shards / manifest.mean.name, allow_pickle=False)
+    mean = load_mean(shards / manifest.mean.name)
     device, threads, left_out = device_named(device), threads or usable_cores(), []
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -64,9 +64,7 @@ def train(shards: str, run: Path, recipe: str | None, ablation: str | None, seed
     from model.batch_rule import with_batch
     from model.recipe import recipe_named
 
-    if resume and recipe is None and (ablation or batch):
-        raise click.UsageError("--resume takes --ablation and --batch from the run: leave them out, or name --recipe.")
-    if recipe is None and not resume:
+    if recipe is None and (not resume or ablation or batch):
         recipe = "notes"
     chosen = None if recipe is None else recipe_named(recipe)
     if ablation is not None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from launch.doctor.cgroup import limits
 from launch.doctor.finding import NOTE, OK, WRONG, Finding, gib
 from launch.doctor.gpus import usable
-from launch.environment import usable_cores
+from launch.environment import LEAST_OPEN_FILES, WANTED_OPEN_FILES, usable_cores
 
 GIB = 1 << 30
 MEMORY_OF_NOTES, LEAST_MEMORY = 3 * GIB, GIB  # a step of the whole network on a CPU took 2.7 GB at its peak
 SHARED_MEMORY, LEAST_SHARED_MEMORY = GIB, 64 << 20  # docker gives 64 MiB
-OPEN_FILES, LEAST_OPEN_FILES = 1024, 512  # ImageNet has 326 shards; then come sockets, libraries and the log
+OPEN_FILES = 1024  # ImageNet has 326 shards; then come sockets, libraries and the log
 RELEASED = 2026
 
 
@@ -80,13 +80,14 @@ def open_files() -> Finding:
 
 
 def judge_open_files(limit: float, may_be_raised_to: float) -> Finding:
+    """Of the limit that training has: it raises its own as far as it may."""
+    limit = max(limit, min(may_be_raised_to, WANTED_OPEN_FILES))
     found = f"{limit:.0f} a process"
     if limit >= OPEN_FILES:
         return Finding(OK, found)
-    mend = ("ulimit -n 4096" if may_be_raised_to >= 4096 else
-            "raise it in /etc/security/limits.conf; docker run --ulimit nofile=4096")
     state = WRONG if limit < LEAST_OPEN_FILES else NOTE
-    return Finding(state, f"{found}: ImageNet's shards alone are 326 files", mend)
+    return Finding(state, f"{found}: ImageNet's shards alone are 326 files",
+                   "raise it in /etc/security/limits.conf; docker run --ulimit nofile=4096")
 
 
 def clock() -> Finding:

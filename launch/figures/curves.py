@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -9,9 +10,24 @@ from launch.figures.drawing import figure
 from launch.runlog import of_the_run
 
 
+def _even(records: list[dict]) -> list[dict]:
+    """Join records of few steps, as at an epoch's end, to their neighbours: means of few batches would be spikes."""
+    usual = max((record.get("steps", 1) for record in records), default=1)
+    joined, group = [], []
+    for record in records:
+        group.append(record)
+        weights = [one.get("steps", 1) for one in group]  # logs of earlier versions do not tell
+        if sum(weights) >= usual or record is records[-1]:
+            means = {name: np.average([one[name] for one in group], weights=weights)
+                     for name in ("loss", "train_top1_error")}
+            joined.append({**record, **means})
+            group = []
+    return joined
+
+
 def draw_curves(records: list[dict]) -> Figure:
     """Draw the records of a log (launch.runlog.read_log)."""
-    steps, epochs = of_the_run(records, "steps"), of_the_run(records, "epoch")
+    steps, epochs = _even(of_the_run(records, "steps")), of_the_run(records, "epoch")
     drawing = figure(8, 7.5)
     loss, errors, rate = drawing.subplots(3, 1, sharex=True)
     at = [record["epoch"] for record in steps]

@@ -57,7 +57,7 @@ def write_report(path: Path, out: Path) -> None:
             curves=_curves(records), figures=list(_figures(path / "figures")))
     except (jinja2.UndefinedError, *NOT_OURS) as error:
         raise UserError(odd_line(folder.log_path, error)) from None
-    write_durably(out, page.encode())
+    write_durably(out, page.encode(errors="backslashreplace"))
 
 
 def _recipe_rows(run: Run) -> list[tuple[str, str, str, bool, str]]:

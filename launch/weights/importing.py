@@ -21,6 +21,7 @@ from model.errors import reason
 from model.recipe import Recipe
 from pipeline.files import read_plain
 from pipeline.manifest import IMAGE_SIZE, load_manifest
+from pipeline.mean import load_mean
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _classes(file: Path, given: Given) -> tuple[list[str], list[str]]:
 def _mean(given: Given) -> np.ndarray:
     if given.mean is None:
         manifest, _ = load_manifest(given.shards)
-        return np.load(given.shards / manifest.mean.name, allow_pickle=False)
+        return load_mean(given.shards / manifest.mean.name)
     if given.mean.suffix == ".binaryproto":
         return read_mean(given.mean)
     try:
