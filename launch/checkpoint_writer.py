@@ -27,6 +27,7 @@ from launch.errors import RunFailed
 from model.errors import PeerError, reason
 from pipeline.files import sha256_of, sync, write_durably
 
+UNDER_WAY, OVER, BROKEN = range(3)
 LOOK_S = 0.5  # how often processes that wait for the end of a writing tell each other that they are still there
 
 
@@ -90,18 +91,33 @@ class CheckpointWriter:
         one of them dies or hangs meanwhile."""
         if self._writing is None and self._mesh is None:
             return
-        while min(over for over, in self._gather([self._writing is None or self._is_over()])) < 1:
+        while True:
+            standings = [standing for standing, in self._gather([self._standing()])]
+            if min(standings) >= OVER or max(standings) == BROKEN:
+                break
             wait([self._writing] if self._writing else [], LOOK_S)
         if self._writing is None:
             return
+        if not self._is_over():
+            raise PeerError("another process broke off in a checkpoint")
         error = self._writing.exception()
         if error is not None:
             self._writing = None
         if isinstance(error, (dcp.CheckpointException, OSError)):
             raise NotWritten(f"{self._path}: the checkpoint cannot be written ({cause(error)}); mend that and go on "
                              "with --resume")
-        if error is not None:
+        if isinstance(error, RuntimeError):
             raise PeerError(f"another process died or hangs at a checkpoint ({reason(error)})") from error
+        if error is not None:
+            raise error
+
+    def _standing(self) -> int:
+        """UNDER_WAY, OVER, or BROKEN: ended by what DCP does not tell the other processes, who wait in it in vain."""
+        if self._writing is None:
+            return OVER
+        if not self._is_over():
+            return UNDER_WAY
+        return OVER if isinstance(self._writing.exception(), (dcp.CheckpointException, type(None))) else BROKEN
 
     def _is_over(self) -> bool:
         """Whether what was begun has come to an end, of which the time is known: a Future is done a moment before."""

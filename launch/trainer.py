@@ -222,9 +222,9 @@ class Trainer:
                                 "the same shards with the same decoder?")
         figures = interval.figures([notes[6:] for notes in told])
         if unsound or not np.isfinite(figures["loss"]):
-            raise RunFailed(f"step {self.step}: the loss (now {figures['loss']:.4g}) or the weights are not finite; "
-                            f"the last good checkpoint is in {self.folder.checkpoints}; lower the learning rate or look "
-                            "at the data")
+            raise RunFailed(
+                f"step {self.step}: the loss (now {figures['loss']:.4g}) or the weights are not finite; the last good "
+                f"checkpoint is in {self.folder.checkpoints}; lower the learning rate or look at the data")
         if failed:
             self.saving.settle(self.step)
         self.trained_s += interval.seconds

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from launch import checkpoint
-from launch.checkpoint_writer import save
+from launch.checkpoint_writer import CheckpointWriter, save
 from launch.errors import UserError
+from model.errors import PeerError
 from model.recipe import NOTES, TINY
 from model.tower import build, whole_shapes
 
@@ -48,6 +50,29 @@ def test_what_is_no_file_of_a_checkpoint_is_not_waited_for(tmp_path):
             checkpoint.check(path)
     (tmp_path / "step-\N{ARABIC-INDIC DIGIT THREE}").mkdir()
     assert checkpoint.steps(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("standings", [[2], [0, 2]])
+def test_what_breaks_off_elsewhere_is_not_waited_for(tmp_path, standings):
+    """DCP would wait an hour for a process that it has not heard fail."""
+    others = iter(standings)
+    writer = CheckpointWriter(tmp_path, SHAPES, 1, mesh=object(), gather=lambda mine: [mine, [next(others)]])
+    writer._writing, writer._ended = Future(), []
+    with pytest.raises(PeerError, match="another process broke off"):
+        writer.finish()
+    assert next(others, None) is None
+
+
+def test_what_broke_off_here_is_told(tmp_path):
+    """And to the others that it did."""
+    said = []
+    writer = CheckpointWriter(tmp_path, SHAPES, 1, mesh=object(), gather=lambda mine: said.append(mine) or [mine, [0]])
+    writer._writing, writer._ended = Future(), [0.0]
+    writer._writing.set_exception(ArithmeticError("a mistake of ours"))
+    assert writer.has_failed()
+    with pytest.raises(ArithmeticError, match="a mistake of ours"):
+        writer.finish()
+    assert said == [[2]]
 
 
 def test_an_unfinished_checkpoint_is_never_found_and_cleared_away(tmp_path):

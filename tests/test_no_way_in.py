@@ -100,7 +100,7 @@ def named(module: str, name: str) -> bytes:
 
 
 @pytest.mark.parametrize("module, name", [
-    ("os", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("subprocess", "Popen"), ("torch", "load"),
+    ("os", "system"), ("builtins", "eval"), ("builtins", "setattr"), ("subprocess", "Popen"), ("torch", "load"),
     ("launch.unpickling", "data_alone_between_agents"), ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
     ("torch.distributed.checkpoint.planner", "WriteItem.__init__"), ("antigravity", "webbrowser"), ("sys", "modules"),
     ("builtins", "SystemExit"), ("torch", "nn"),
@@ -109,6 +109,17 @@ def test_what_is_no_data_is_not_unpickled(module, name):
     with pytest.raises(pickle.UnpicklingError, match="is no data: refused"):
         DataUnpickler(io.BytesIO(named(module, name))).load()
     assert "antigravity" not in sys.modules  # nor is it imported
+
+
+def test_members_of_enumerations_may_be_looked_up_by_name():
+    """As Python 3.11.0 to 3.11.3 pickle them; other attributes may not."""
+    def unpickled(*of):
+        return DataUnpickler(io.BytesIO(pickle.dumps(Reduced(getattr, *of), protocol=4))).load()
+
+    assert unpickled(WriteItemType, "SHARD") is WriteItemType.SHARD
+    for other in ((WriteItemType, "__init__"), (OSError, "__init__"), ("text", "format")):
+        with pytest.raises(pickle.UnpicklingError, match="refused"):
+            unpickled(*other)
 
 
 def test_data_are_unpickled():
