@@ -27,8 +27,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next step in place of returning it to the kernel.
 
     By default each large tensor's memory is mapped, filled with zeros page by page and given back: a quarter of the
-    time of a full-width step on the CPU. What is kept is kept in two places, not in one for each of the threads that come
-    and go with checkpoints and loaders. Does nothing where the C library is not glibc.
+    time of a full-width step on the CPU. What is kept is kept in two places, not in one for each of the threads that
+    come and go with checkpoints and loaders. Does nothing where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -38,14 +38,14 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 2)
 
 
-def allow_open_files(wanted: int = WANTED_OPEN_FILES, least: int = LEAST_OPEN_FILES) -> None:
+def allow_open_files() -> None:
     """Raise this process's limit of open files, which is low in many shells; UserError where it stays too low."""
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY
-    if limit != infinite and limit < wanted:
-        limit = wanted if highest == infinite else min(wanted, highest)
+    if limit != infinite and limit < WANTED_OPEN_FILES:
+        limit = WANTED_OPEN_FILES if highest == infinite else min(WANTED_OPEN_FILES, highest)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, highest))
-        if limit < least:
+        if limit < LEAST_OPEN_FILES:
             raise UserError(f"only {limit} open files are allowed: raise that (ulimit -n 4096)")
 
 

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from launch.environment import ENDING, LAUNCHER, allow_open_files
 from launch.stopping import IMPATIENT_S
+from model.errors import reason
 
 PREFIX, LOCK = "alexnet-torchrun-", "lock"
 
@@ -74,7 +75,7 @@ def main() -> None:
             if told:
                 sys.exit(int(code))
             if isinstance(error, RendezvousError):
-                print(f"alexnet: the hosts of this job do not meet, or no more ({_line(error)}): are all of them "
+                print(f"alexnet: the hosts of this job do not meet, or no more ({reason(error)}): are all of them "
                       "running, and can they reach --rdzv-endpoint?", file=sys.stderr)
                 sys.exit(1)
             stopped_by = getattr(error, "sigval", signal.SIGINT)
@@ -105,7 +106,7 @@ def _telling_signals(monitor: Callable) -> Callable:
 
 
 def _refuse(error: Exception) -> NoReturn:
-    print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} ({_line(error)})", file=sys.stderr)
+    print(f"alexnet: torchrun does not take {' '.join(sys.argv[1:])[:200]} ({reason(error)})", file=sys.stderr)
     sys.exit(2)
 
 
@@ -121,10 +122,6 @@ def _asked_once(handle: Callable) -> Callable:
             handle(number, frame)
 
     return handler
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _name(number: int) -> str:

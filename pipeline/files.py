@@ -74,12 +74,12 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_plain(path: Path, most: int = MOST_AT_ONCE) -> bytes:
-    """Return what a file holds; OSError as of open_plain, and where it is longer than `most` bytes."""
+def read_plain(path: Path) -> bytes:
+    """Return what a file holds; OSError as of open_plain, and where it is longer than MOST_AT_ONCE."""
     with open_plain(path) as file:
-        if os.fstat(file.fileno()).st_size > most:
-            raise OSError(errno.EFBIG, f"longer than {most:,} bytes", str(path))
-        return file.read(most)
+        if os.fstat(file.fileno()).st_size > MOST_AT_ONCE:
+            raise OSError(errno.EFBIG, f"longer than {MOST_AT_ONCE:,} bytes", str(path))
+        return file.read(MOST_AT_ONCE)
 
 
 def write_durably(path: Path, data: bytes) -> None:

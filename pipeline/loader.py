@@ -19,6 +19,7 @@ from nvidia.dali import fn, pipeline_def, types
 from pipeline.batches import CROP, Batch, TrainingBatches, views_of
 from pipeline.errors import DataError
 from pipeline.manifest import IMAGE_SIZE
+from pipeline.mean import checked
 from pipeline.pixels.shared import PictureSwap, SharedPixels, half_of, part_of
 from pipeline.shards import ShardImages
 
@@ -168,7 +169,7 @@ class TrainingLoader:
             raise ValueError(f"batches of {batches.images} images of {batches.image_size} pixels for {len(images)}")
         self.wait_s = 0.0
         self._delivery = _Delivery(
-            images, _from_step(batches, start_step, part), _checked(mean), scale, batches.crop, None,
+            images, _from_step(batches, start_step, part), checked(mean), scale, batches.crop, None,
             batches.batch_size // part[1], threads, _device(device), swap,
         )
 
@@ -228,7 +229,7 @@ class EvaluationLoader:
         crop: int = CROP,
         part: tuple[int, int] = (0, 1),
     ):
-        self._images, self._mean, self._views = images, _checked(mean), views_of(views, crop)
+        self._images, self._mean, self._views = images, checked(mean), views_of(views, crop)
         self._part = range(*(len(images) * i // part[1] for i in (part[0], part[0] + 1)))
         self._mean_at = mean_at
         self.batch_size, self._device, self._scale, self._threads = batch_size, _device(device), scale, threads
@@ -255,10 +256,3 @@ class EvaluationLoader:
     def _batches(self) -> Iterator[Batch]:
         for first in range(0, len(self._part), self.batch_size):
             yield self._views.of(np.array(self._part[first : first + self.batch_size]), self._mean_at)
-
-
-def _checked(mean: np.ndarray) -> np.ndarray:
-    if mean.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or mean.dtype != np.float32:
-        raise DataError(f"mean image: {mean.dtype} {list(mean.shape)} and not float32 "
-                        f"{[IMAGE_SIZE, IMAGE_SIZE, 3]}: preprocess again")
-    return mean

@@ -1,4 +1,4 @@
-"""The training set's mean image, as it is read."""
+"""The training set's mean image: reading it, and what it has to be."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def load_mean(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError, MemoryError) as error:  # a header may ask for any amount of memory
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: cannot be read ({reason}); restore it or preprocess again") from None
+    return checked(mean, str(path))
+
+
+def checked(mean: np.ndarray, name: str = "mean image") -> np.ndarray:
+    """Return `mean`. DataError, which says its `name`, where it is not float32 [256, 256, 3]."""
     if mean.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or mean.dtype != np.float32:
-        raise DataError(f"{path}: no mean image ({mean.dtype} {list(mean.shape)}); restore it or preprocess again")
+        raise DataError(f"{name}: {mean.dtype} {list(mean.shape)} and not float32 "
+                        f"{[IMAGE_SIZE, IMAGE_SIZE, 3]}: preprocess again")
     return mean
